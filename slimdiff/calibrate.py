@@ -1,0 +1,164 @@
+"""`slimdiff calibrate`: run the real pipeline over all prompts and timesteps, and sum what the groups see."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from slimdiff.capture import captured
+from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
+from slimdiff.groups import find_groups
+from slimdiff.pipeline import Source, encode, fingerprint, sample, use_scheduler
+from slimdiff.recipe import Recipe
+from slimdiff.states import recorded
+from slimdiff.statistics import Statistics, StatisticsFile
+
+SAVE_EVERY = 120.0
+"""Seconds between two saves of the partial file."""
+
+
+class Interrupted(SlimdiffError):
+    """Ctrl-C: what was done is saved."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    path: Path
+    prompts: int
+    seconds: float
+    resumed_at: int
+    was_there: bool = False
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    source: Source,
+    recipe: Recipe,
+    output: Path,
+    *,
+    batch_size: int | None = None,
+    resume: bool = True,
+    force: bool = False,
+) -> Calibrated:
+    """Run `recipe` through `pipe`, on the pipeline's device and dtype, and write the statistics file `output`.
+
+    A partial file lies beside it meanwhile. Ctrl-C ends the batch at hand and saves; the next call goes on from there
+    and ends with the same sums. The batch size changes nothing but rounding.
+
+    Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model or
+    recipe, ModelError for a model without groups, Interrupted on Ctrl-C.
+    """
+    started = time.monotonic()
+    use_scheduler(pipe, recipe.scheduler)
+    groups = find_groups(pipe.unet)
+    statistics = Statistics(source.reference, source.variant, fingerprint(pipe.unet), recipe)
+    if output.exists() and not force:
+        if _is_this(output, statistics):
+            return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)
+        raise OutputError(f"{output} holds another calibration; pass --force to replace it, or -o for another file.")
+    partial = output.with_name(output.name + ".partial")
+    if resume and partial.exists():
+        statistics = _resumed(partial, statistics, pipe.unet.device)
+    first = statistics.done
+    batch_size = batch_size or automatic_batch_size(pipe, recipe)
+    pipe.scheduler.set_timesteps(recipe.steps)
+    calls = len(pipe.scheduler.timesteps)
+    saved = time.monotonic()
+    with (
+        tqdm(total=len(recipe.prompts) * calls, initial=first * calls, unit="step", disable=None, desc="calibrate",
+             smoothing=0.05) as bar,
+        graceful_interrupt() as interrupted,
+    ):  # fmt: skip
+        for start in range(first, len(recipe.prompts), batch_size):
+            chosen = range(start, min(start + batch_size, len(recipe.prompts)))
+            conditioning = encode(
+                pipe, [recipe.prompts[i] for i in chosen], [recipe.negatives[i] for i in chosen]
+            )
+            with (
+                captured(pipe.unet, groups, statistics.grams),
+                recorded(pipe.unet, statistics.states, start, len(chosen), calls),
+            ):
+                latents = sample(
+                    pipe, conditioning, [recipe.seed + i for i in chosen], steps=recipe.steps,
+                    guidance_scale=recipe.guidance_scale, height=recipe.height, width=recipe.width,
+                    on_step=lambda index, n=len(chosen): bar.update(n),
+                )  # fmt: skip
+            if not torch.isfinite(latents).all():
+                raise StatisticsError(
+                    f"The model produced NaN or infinite values for prompts {start} to {chosen[-1]}, in "
+                    f"{pipe.unet.dtype}. Calibrate with --dtype float32, or check the checkpoint."
+                )
+            statistics.done = chosen[-1] + 1
+            if interrupted() and statistics.done < len(recipe.prompts):
+                statistics.write(partial)
+                raise Interrupted(
+                    f"Interrupted after {statistics.done} of {len(recipe.prompts)} prompts, all saved in {partial}. "
+                    "The same command goes on from there."
+                )
+            if time.monotonic() - saved > SAVE_EVERY:
+                statistics.write(partial)
+                saved = time.monotonic()
+    statistics.write(output)
+    partial.unlink(missing_ok=True)
+    return Calibrated(output, statistics.done, time.monotonic() - started, first)
+
+
+def _is_this(path: Path, wanted: Statistics) -> bool:
+    try:
+        found = StatisticsFile(path)
+    except StatisticsError:
+        return False
+    return (found.fingerprint, found.recipe, found.done) == (wanted.fingerprint, wanted.recipe, len(wanted.recipe.prompts))
+
+
+def _resumed(partial: Path, wanted: Statistics, device: torch.device) -> Statistics:
+    found = StatisticsFile(partial)
+    if found.fingerprint != wanted.fingerprint:
+        what = f"another model ({found.model})"
+    elif found.recipe != wanted.recipe:
+        what = "another recipe (prompts, steps, guidance, scheduler, size or seed)"
+    else:
+        return found.read(device)
+    raise StatisticsError(
+        f"{partial} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to start "
+        "afresh, or -o for another file."
+    )
+
+
+def automatic_batch_size(pipe: DiffusionPipeline, recipe: Recipe) -> int:
+    """Prompts at once: as many as keep the device busy, fewer the larger the picture."""
+    pixels = recipe.height * recipe.width // pipe.vae_scale_factor**2
+    budget = 65536 if pipe.unet.device.type == "cuda" else 4608
+    return max(1, min(32, budget // pixels))
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[Callable[[], bool]]:
+    """While inside, the first Ctrl-C only sets a flag (call the yielded function to read it); the second one is at once."""
+    seen = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+        tqdm.write("Ctrl-C: finishing this batch, then saving. Again to stop at once.")
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)

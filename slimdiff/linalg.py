@@ -1,0 +1,94 @@
+"""Numerics in one place, and the conventions of all the mathematics in this package.
+
+* Tokens are rows: activations are `X: (n, d)`. Weights are as torch has them, `W: (d_out, d_in)`, and `y = x Wᵀ + b`.
+* Sizes: `n` tokens, `d` features, `h` heads, `d_h` width of a head, `f` hidden units, `r` width kept, `C` channels.
+* A Gram is `XᵀX`; a second moment is `XᵀX / n`; a covariance is `XᵀX / n - m mᵀ` with the mean `m`.
+* Solves run in float64 whatever the model's dtype: they square condition numbers.
+* Every moment is regularised once, as if each feature carried a little independent noise: `G + RIDGE * mean(diag G) I`.
+  All formulas then use that same matrix, so full width stays exact and rank-deficient moments need no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slimdiff.errors import StatisticsError
+
+RIDGE = 1e-6
+"""Noise per feature relative to the mean energy: above the rounding of fp32 sums, below anything a picture shows."""
+
+
+def regularised(moment: Tensor) -> Tensor:
+    """`moment`, (..., d, d), in float64 with the ridge added; a moment of nothing but zeros becomes the identity.
+
+    Raises StatisticsError if an entry is NaN or infinite.
+    """
+    moment = moment.double()
+    if not torch.isfinite(moment).all():
+        raise StatisticsError(
+            "The statistics hold NaN or infinite entries: the model produced them during calibration. "
+            "Calibrate again with --dtype float32 (half precision overflows in some models)."
+        )
+    moment = (moment + moment.mT) / 2
+    energy = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.where(energy > 0, moment + RIDGE * energy * identity, identity)
+
+
+def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and its inverse of a positive definite `moment`, (..., d, d)."""
+    values, vectors = torch.linalg.eigh(moment)
+    scale = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()[..., None, :]
+    return vectors * scale @ vectors.mT, vectors / scale @ vectors.mT
+
+
+def tails(energies: Tensor) -> Tensor:
+    """What is lost by keeping the first r of d energies, (d,) -> (d + 1,) for r = 0..d, relative to their sum."""
+    lost = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+    return lost / lost[0] if lost[0] > 0 else torch.zeros_like(lost)
+
+
+@dataclass(frozen=True)
+class NestedLeastSquares:
+    """Least squares on every leading subset of an ordered basis, from one Cholesky factor.
+
+    For `min_V E|W x - V x_r|²`, where `x_r` are the first r coordinates of x and `G = E[x xᵀ]`, the solution is
+    `V = W G[:, :r] G[:r, :r]⁻¹`. With `G = L Lᵀ` and `Y = W L`, it is `Y_r L_r⁻¹` on the leading blocks, and the error
+    is the energy of the other columns of Y: one factorisation serves all r.
+    """
+
+    factor: Tensor  # L, (d, d)
+    image: Tensor  # Y, (C, d)
+
+    @staticmethod
+    def of(weight: Tensor, moment: Tensor) -> NestedLeastSquares:
+        """From W, (C, d), and G, (d, d), both in the order of the basis."""
+        factor = torch.linalg.cholesky(moment)
+        return NestedLeastSquares(factor, weight @ factor)
+
+    def energies(self) -> Tensor:
+        """What each coordinate in turn adds to the explained energy, (d,)."""
+        return self.image.square().sum(0)
+
+    def weight(self, r: int) -> Tensor:
+        """V, (C, r)."""
+        leading = self.factor[:r, :r]
+        return torch.linalg.solve_triangular(leading, self.image[:, :r], upper=False, left=False)
+
+
+def pack(symmetric: Tensor) -> Tensor:
+    """The lower triangle of (..., d, d) as (..., d (d + 1) / 2), row by row."""
+    rows, columns = torch.tril_indices(*symmetric.shape[-2:], device=symmetric.device)
+    return symmetric[..., rows, columns]
+
+
+def unpack(packed: Tensor, d: int) -> Tensor:
+    """The inverse of `pack`."""
+    rows, columns = torch.tril_indices(d, d, device=packed.device)
+    full = packed.new_zeros(*packed.shape[:-1], d, d)
+    full[..., rows, columns] = packed
+    full[..., columns, rows] = packed
+    return full

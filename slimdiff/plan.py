@@ -1,0 +1,107 @@
+"""The plan: the whole decision of a compression, group by group, in one JSON object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slimdiff.errors import SlimdiffError
+
+FORMAT = 1
+
+
+def short(number: float) -> str:
+    """A count for people: 859.5M, 401.6G."""
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.4g}{letter}"
+    return f"{number:g}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One group's part. Errors are relative and squared: `local_error` of the group's own outputs in closed form,
+    `final_error` what that is predicted to do to the final latents. Parameters and MACs are before and after."""
+
+    group: str
+    kind: str
+    width: int
+    rank: int
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    local_error: float
+    influence: float
+    final_error: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`budget` is the share to remove `of` ("groups", "unet" or "macs"); `achieved` the same share as it came out.
+
+    `provenance` names what it was made from: model, fingerprint, statistics, versions, options.
+    """
+
+    budget: float
+    of: str
+    achieved: float
+    entries: tuple[Entry, ...]
+    unet_params: tuple[int, int]
+    unet_macs: tuple[int, int]
+    predicted_error: float
+    lower_bound: float
+    provenance: dict[str, Any]
+
+    def ranks(self) -> dict[str, int]:
+        """Width of every group that is cut."""
+        return {entry.group: entry.rank for entry in self.entries if entry.rank < entry.width}
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Raises SlimdiffError if the text is not a plan, or one of a newer slimdiff."""
+        try:
+            data = json.loads(text)
+            if data.pop("format") > FORMAT:
+                raise SlimdiffError("The plan was written by a newer slimdiff; upgrade.")
+            entries = tuple(
+                Entry(**{**entry, "params": tuple(entry["params"]), "macs": tuple(entry["macs"])})
+                for entry in data.pop("entries")
+            )
+            pairs = {key: tuple(data.pop(key)) for key in ("unet_params", "unet_macs")}
+            return Plan(entries=entries, **pairs, **data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SlimdiffError(f"This is not a plan of slimdiff ({type(error).__name__}: {error}).") from error
+
+    def table(self) -> str:
+        """The plan for people: a line per group, then the totals."""
+        saved = sum(e.params[0] - e.params[1] for e in self.entries) or 1
+        name = max(len(e.group) for e in self.entries)
+        lines = [f"{'group':{name}}  {'width':>11}  {'parameters':>23}  {'local':>8}  {'final':>8}  {'of saved':>8}"]
+        for e in self.entries:
+            width = f"{e.width} -> {e.rank}" if e.rank < e.width else f"{e.width}"
+            params = f"{e.params[0]:,} -> {e.params[1]:,}" if e.rank < e.width else f"{e.params[0]:,}"
+            share = (e.params[0] - e.params[1]) / saved
+            lines.append(
+                f"{e.group:{name}}  {width:>11}  {params:>23}  {e.local_error:8.1e}  {e.final_error:8.1e}  {share:8.1%}"
+            )
+        return "\n".join([*lines, "", *self.summary()])
+
+    def summary(self) -> list[str]:
+        groups = [sum(e.params[side] for e in self.entries) for side in (0, 1)]
+        macs = [sum(e.macs[side] for e in self.entries) for side in (0, 1)]
+
+        def change(what: str, before: int, after: int) -> str:
+            return f"{what:22} {short(before):>7} -> {short(after):>7}  ({after / before - 1:+.1%})"
+
+        return [
+            change("parameters of groups", *groups),
+            change("parameters of UNet", *self.unet_params),
+            change("MACs of groups", *macs),
+            change("MACs of UNet", *self.unet_macs),
+            f"budget                 {self.budget:.1%} of {self.of}, achieved {self.achieved:.2%}",
+            f"predicted error        {self.predicted_error:.2e} of the final latents (no choice of widths below "
+            f"{self.lower_bound:.2e})",
+        ]

@@ -1,0 +1,140 @@
+"""What calibration runs: prompts, negative prompts, steps, guidance, scheduler, size and seed. Finds `calib/`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from slimdiff.errors import SlimdiffError
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Names of `--scheduler`; without one the checkpoint's own scheduler runs."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what calibration sees, but for the model.
+
+    Prompt i runs from seed `seed + i` with `negatives[i]`; `height` and `width` are pixels; `scheduler` is a key of
+    SCHEDULERS or None for the checkpoint's own.
+    """
+
+    family: str
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    scheduler: str | None = None
+    seed: int = 0
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recipe:
+        known = {field.name for field in fields(Recipe)}
+        lists = {"prompts", "negatives"}
+        return Recipe(**{k: tuple(v) if k in lists else v for k, v in data.items() if k in known})
+
+
+def folder() -> Path:
+    """The folder with the bundled prompts: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    for candidate in (here / "calib", here.parent / "calib"):
+        if (candidate / "recipes.json").is_file():
+            return candidate
+    raise SlimdiffError(f"The bundled calibration prompts are missing beside {here}; reinstall slimdiff.")
+
+
+def family_recipe(
+    family: str,
+    size: tuple[int, int],
+    *,
+    prompts: tuple[str, ...] | None = None,
+    num_prompts: int | None = None,
+    **changes: Any,
+) -> Recipe:
+    """The recipe of a model family in `calib/recipes.json`, with the user's changes (None keeps the family's own).
+
+    `size` is the (height, width) the model was made for, used where the recipe names none.
+
+    Raises SlimdiffError if fewer prompts are there than asked for.
+    """
+    entry = json.loads((folder() / "recipes.json").read_text(encoding="utf-8"))[family]
+    own = prompts if prompts is not None else read_prompts(folder() / entry["prompts"])
+    wanted = num_prompts or min(len(own), entry["num_prompts"] if prompts is None else len(own))
+    if wanted > len(own):
+        raise SlimdiffError(f"{wanted} prompts were asked for, but only {len(own)} are there; lower --num-prompts.")
+    negatives = read_prompts(folder() / entry["negative_prompts"])
+    recipe = Recipe(
+        family=family,
+        prompts=own[:wanted],
+        negatives=tuple("" if i % 2 == 0 else negatives[i // 2 % len(negatives)] for i in range(wanted)),
+        steps=entry["steps"],
+        guidance_scale=entry["guidance_scale"],
+        height=entry.get("height", size[0]),
+        width=entry.get("width", size[1]),
+        scheduler=entry.get("scheduler"),
+    )
+    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+
+
+def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
+    """Prompts from a .txt (one a line), .csv or .jsonl file (those two by the name of a column); empty lines are skipped.
+
+    Raises SlimdiffError if the file is missing, not UTF-8, of another kind, without that column, or holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SlimdiffError(f"Cannot read the prompt file {path}: {error.strerror}. Check --prompts.") from error
+    except UnicodeDecodeError as error:
+        raise SlimdiffError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    rows: list[Any]
+    if path.suffix == ".txt":
+        rows = [{column: line} for line in text.splitlines()]
+    elif path.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+    elif path.suffix == ".jsonl":
+        rows = [_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    else:
+        raise SlimdiffError(f"{path} ends in '{path.suffix}'; prompts are read from .txt, .csv and .jsonl files.")
+    if rows and column not in rows[0]:
+        raise SlimdiffError(f"{path} has no column '{column}', only {', '.join(rows[0])}; name the right one: --column.")
+    prompts = tuple(str(row[column]).strip() for row in rows if str(row.get(column) or "").strip())
+    if not prompts:
+        raise SlimdiffError(f"{path} holds no prompt; put one on each line.")
+    return prompts
+
+
+def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SlimdiffError(f"{path}, line {number} is not JSON ({error.msg}); write one JSON object a line.") from error
+    if not isinstance(row, dict):
+        raise SlimdiffError(f"{path}, line {number} is not a JSON object; write one a line, with a prompt column.")
+    return row
+
+
+def bench_prompts(family: str) -> tuple[str, ...]:
+    """Prompts for measuring, none of which is in the family's calibration set."""
+    entry = json.loads((folder() / "recipes.json").read_text(encoding="utf-8"))[family]
+    return read_prompts(folder() / entry["bench_prompts"])

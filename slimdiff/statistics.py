@@ -1,0 +1,173 @@
+"""The statistics file: what calibration hands to compression. One safetensors file, each tensor with its checksum.
+
+Tensors: `<group>:<statistic>.products` (packed lower triangles of XᵀX per head), `<group>:<statistic>.sums`, and
+`states.*` (see `states.py`). The metadata's `slimdiff` entry is one JSON object: format version, model reference and
+fingerprint, recipe, number of prompts done, token counts, library versions, checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimdiff.errors import StatisticsError
+from slimdiff.files import replacing
+from slimdiff.gram import Gram, Moments
+from slimdiff.linalg import pack, unpack
+from slimdiff.recipe import Recipe
+from slimdiff.states import States
+
+FORMAT = 1
+
+
+@dataclass
+class Statistics:
+    """The sums of a calibration over the first `done` prompts of its recipe."""
+
+    model: str
+    variant: str | None
+    fingerprint: str
+    recipe: Recipe
+    grams: dict[str, Gram] = field(default_factory=dict)
+    states: States = field(default_factory=States)
+    done: int = 0
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all. Raises OutputError if it cannot be written."""
+        tensors = {f"{key}.products": pack(gram.products).cpu() for key, gram in self.grams.items()}
+        tensors |= {f"{key}.sums": gram.sums.cpu() for key, gram in self.grams.items()}
+        tensors |= {f"states.{name}": tensor.contiguous() for name, tensor in self.states.tensors().items()}
+        metadata = {
+            "format": FORMAT,
+            "model": self.model,
+            "variant": self.variant,
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe.to_json(),
+            "done": self.done,
+            "tokens": {key: gram.count for key, gram in self.grams.items()},
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__,
+                         "transformers": transformers.__version__},
+            "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+        }  # fmt: skip
+        with replacing(path) as temporary:
+            try:
+                save_file(tensors, temporary, {"slimdiff": json.dumps(metadata), "digest": _digest(metadata)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().data).hexdigest()[:16] if tensor.numel() else "empty"
+
+
+def _digest(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+class StatisticsFile:
+    """A statistics file opened for reading; tensors are read, and their checksums verified, as they are asked for.
+
+    Raises StatisticsError if the file is missing, truncated, damaged, or written by a newer slimdiff.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise StatisticsError(f"There is no statistics file {path}. Run 'slimdiff calibrate' first.")
+        try:
+            self._file = safe_open(path, framework="pt")
+            stored = self._file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(f"it cannot be opened ({error})") from error
+        if "slimdiff" not in stored:
+            raise StatisticsError(f"{path} is a safetensors file, but not a statistics file of 'slimdiff calibrate'.")
+        try:
+            self.metadata: dict[str, Any] = json.loads(stored["slimdiff"])
+        except json.JSONDecodeError as error:
+            raise self._damaged("its metadata cannot be read") from error
+        if self.metadata.get("format", 0) > FORMAT:
+            raise StatisticsError(f"{path} was written by a newer slimdiff (format {self.metadata['format']}); upgrade.")
+        if _digest(self.metadata) != stored.get("digest"):
+            raise self._damaged("its metadata does not match its checksum")
+
+    def _damaged(self, why: str) -> StatisticsError:
+        return StatisticsError(f"{self.path} is truncated or damaged: {why}. Calibrate again, or copy the file again.")
+
+    @property
+    def model(self) -> str:
+        return str(self.metadata["model"])
+
+    @property
+    def variant(self) -> str | None:
+        variant: str | None = self.metadata["variant"]
+        return variant
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.metadata["fingerprint"])
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.from_json(self.metadata["recipe"])
+
+    @property
+    def done(self) -> int:
+        return int(self.metadata["done"])
+
+    def digest(self) -> str:
+        """Names the file's whole content: its metadata hold the checksums of all tensors."""
+        return _digest(self.metadata)
+
+    def tensor(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(f"{name} cannot be read") from error
+        if _checksum(tensor) != self.metadata["checksums"].get(name):
+            raise self._damaged(f"{name} does not match its checksum")
+        return tensor
+
+    def gram(self, key: str, device: torch.device | str = "cpu") -> Gram:
+        """The accumulator of one statistic. Raises StatisticsError if it is missing or has seen no token."""
+        if not self.metadata["tokens"].get(key):
+            raise StatisticsError(f"{self.path} holds no tokens for {key}: it was made for other groups, or is empty.")
+        sums = self.tensor(f"{key}.sums")
+        gram = Gram(sums.shape[1], sums.shape[0], device)
+        gram.products = unpack(self.tensor(f"{key}.products"), sums.shape[1]).to(device)
+        gram.sums = sums.to(device)
+        gram.count = self.metadata["tokens"][key]
+        return gram
+
+    def moments(self, key: str, device: torch.device | str = "cpu") -> Moments:
+        return self.gram(key, device).moments()
+
+    def states(self) -> States:
+        names = [name for name in self.metadata["checksums"] if name.startswith("states.")]
+        return States.from_tensors({name.removeprefix("states."): self.tensor(name) for name in names})
+
+    def read(self, device: torch.device | str = "cpu") -> Statistics:
+        """Everything at once, to go on adding to it."""
+        grams = {key: self.gram(key, device) for key in self.metadata["tokens"]}
+        return Statistics(self.model, self.variant, self.fingerprint, self.recipe, grams, self.states(), self.done)
+
+    def check_model(self, fingerprint: str, reference: str) -> None:
+        """Raises StatisticsError if the file belongs to another model or was not finished."""
+        if fingerprint != self.fingerprint:
+            raise StatisticsError(
+                f"{self.path} was made from another model ({self.model}, fingerprint {self.fingerprint[:12]}) than "
+                f"{reference} (fingerprint {fingerprint[:12]}). Calibrate this model, or pass its own statistics file."
+            )
+        if self.done < len(self.recipe.prompts):
+            raise StatisticsError(
+                f"{self.path} covers {self.done} of {len(self.recipe.prompts)} prompts; let 'slimdiff calibrate' finish it."
+            )

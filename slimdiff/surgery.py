@@ -1,0 +1,101 @@
+"""Plan and factors -> weights: a group's own at some width, or the whole slim UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from slimdiff.groups import Group, find_groups, names
+from slimdiff.slim_unet import SlimUNet2DConditionModel
+from slimdiff.solve.solution import Factors, Solution
+
+
+def slim_weights(unet: nn.Module, group: Group, factors: Factors, padded: bool = False) -> dict[str, Tensor]:
+    """A group's weights at the factors' width, by state-dict name, in the UNet's dtype.
+
+    `padded` keeps the dense shapes, zeros where the cut was: the same function, for the dense UNet. Without it the
+    queries carry `√(r / d_h)`, so that the stock softmax scale `1/√r` of a head of width r is right.
+    """
+    where = names(unet, group)
+    state = unet.state_dict()
+    weights: dict[str, Tensor] = {}
+    maps = factors.into if group.kind != "ffn" else (factors.into[0],) * len(where.into)
+    for i, ((weight, bias), map_) in enumerate(zip(where.into, maps, strict=True)):
+        for name in (weight, bias):
+            if name is None:
+                continue
+            dense = state[name]
+            if group.kind == "ffn":
+                value = _gated_rows(dense, map_, group.width, padded)
+            else:
+                value = _mapped_rows(dense, map_, group, padded)
+                if group.kind == "qk" and i == 0 and not padded:
+                    value = value * (map_.shape[1] / group.width) ** 0.5
+            weights[name] = value.to(dense.dtype)
+    if where.out is not None and factors.out is not None:
+        weight, bias = where.out
+        weights[weight] = (_padded_columns(factors, group) if padded else factors.out).to(state[weight].dtype)
+        if bias is not None and factors.bias is not None:
+            weights[bias] = (state[bias].double() + factors.bias).to(state[bias].dtype)
+    return weights
+
+
+def _mapped_rows(dense: Tensor, map_: Tensor, group: Group, padded: bool) -> Tensor:
+    """`map_`, (h, r, d_h), on the rows of every head of `dense`, (h d_h, ...)."""
+    rows = map_ @ dense.double().reshape(group.heads, group.width, -1)
+    if padded:
+        rows = nn.functional.pad(rows, (0, 0, 0, group.width - rows.shape[1]))
+    return rows.reshape(-1, *dense.shape[1:])
+
+
+def _gated_rows(dense: Tensor, kept: Tensor, f: int, padded: bool) -> Tensor:
+    """The kept units of both halves of a GEGLU projection, (2 f, ...): values first, then gates."""
+    return dense if padded else dense[torch.cat([kept, kept + f])]
+
+
+def _padded_columns(factors: Factors, group: Group) -> Tensor:
+    out = factors.out
+    assert out is not None
+    if group.kind == "ffn":
+        full = out.new_zeros(out.shape[0], group.width)
+        full[:, factors.into[0]] = out
+        return full
+    by_head = out.unflatten(1, (group.heads, -1))
+    return nn.functional.pad(by_head, (0, group.width - by_head.shape[2])).flatten(1)
+
+
+@contextmanager
+def truncated(unet: nn.Module, group: Group, factors: Factors) -> Iterator[None]:
+    """While inside, the dense `unet` computes as if `group` were cut; afterwards its weights are bit for bit as before."""
+    parameters = dict(unet.named_parameters())
+    replaced = slim_weights(unet, group, factors, padded=True)
+    before = {name: parameters[name].data for name in replaced}
+    try:
+        for name, value in replaced.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in before.items():
+            parameters[name].data = value
+
+
+def build(
+    unet: UNet2DConditionModel, ranks: Mapping[str, int], solutions: Mapping[str, Solution]
+) -> SlimUNet2DConditionModel:
+    """The slim UNet. Groups that `ranks` does not name, or names at full width, keep their weights bit for bit.
+
+    Weights that do not change are shared with `unet`.
+    """
+    groups = {group.name: group for group in find_groups(unet)}
+    cut = {name: rank for name, rank in ranks.items() if rank < groups[name].width}
+    with torch.device("meta"):
+        slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut)
+    state = dict(unet.state_dict())
+    for name, rank in cut.items():
+        state |= slim_weights(unet, groups[name], solutions[name].at(rank))
+    slim.load_state_dict(state, strict=True, assign=True)
+    return slim.requires_grad_(False).eval()
