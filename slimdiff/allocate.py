@@ -21,7 +21,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Allocation:
-    """`widths` by item; `saved` cost, at least what was asked; the summed `error`, and a lower `bound` on the best one."""
+    """`widths` by item; `saved` cost, at least what was asked; the summed `error`; a lower `bound` on any."""
 
     widths: dict[str, int]
     saved: int

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.groups import find_groups
-from slimdiff.pipeline import Source, encode, fingerprint, sample, use_scheduler
+from slimdiff.pipeline import encode, fingerprint, sample, use_scheduler
 from slimdiff.recipe import Recipe
+from slimdiff.source import Source
 from slimdiff.states import recorded
 from slimdiff.statistics import Statistics, StatisticsFile
 
@@ -78,11 +79,13 @@ def calibrate(
              smoothing=0.05) as bar,
         graceful_interrupt() as interrupted,
     ):  # fmt: skip
+
+        def step(index: int) -> None:
+            bar.update(len(chosen))
+
         for start in range(first, len(recipe.prompts), batch_size):
             chosen = range(start, min(start + batch_size, len(recipe.prompts)))
-            conditioning = encode(
-                pipe, [recipe.prompts[i] for i in chosen], [recipe.negatives[i] for i in chosen]
-            )
+            conditioning = encode(pipe, [recipe.prompts[i] for i in chosen], [recipe.negatives[i] for i in chosen])
             with (
                 captured(pipe.unet, groups, statistics.grams),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
@@ -90,7 +93,7 @@ def calibrate(
                 latents = sample(
                     pipe, conditioning, [recipe.seed + i for i in chosen], steps=recipe.steps,
                     guidance_scale=recipe.guidance_scale, height=recipe.height, width=recipe.width,
-                    on_step=lambda index, n=len(chosen): bar.update(n),
+                    on_step=step,
                 )  # fmt: skip
             if not torch.isfinite(latents).all():
                 raise StatisticsError(
@@ -117,7 +120,11 @@ def _is_this(path: Path, wanted: Statistics) -> bool:
         found = StatisticsFile(path)
     except StatisticsError:
         return False
-    return (found.fingerprint, found.recipe, found.done) == (wanted.fingerprint, wanted.recipe, len(wanted.recipe.prompts))
+    return (found.fingerprint, found.recipe, found.done) == (
+        wanted.fingerprint,
+        wanted.recipe,
+        len(wanted.recipe.prompts),
+    )
 
 
 def _resumed(partial: Path, wanted: Statistics, device: torch.device) -> Statistics:
@@ -143,7 +150,7 @@ def automatic_batch_size(pipe: DiffusionPipeline, recipe: Recipe) -> int:
 
 @contextmanager
 def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """While inside, the first Ctrl-C only sets a flag (call the yielded function to read it); the second one is at once."""
+    """While inside, the first Ctrl-C sets a flag, which the yielded function reads; a second stops."""
     seen = False
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -35,9 +35,11 @@ class Budget(click.ParamType):
             share = float("nan")
         if not 0 <= share < 1:
             self.fail(
-                f"'{value}' is not a share to remove: a number of at least 0 (which changes nothing) and below 1, such as "
-                "0.35 for 35%.", param, ctx,
-            )  # fmt: skip
+                f"'{value}' is not a share to remove: a number of at least 0 (which changes nothing) and below 1, "
+                "such as 0.35 for 35%.",
+                param,
+                ctx,
+            )
         return share
 
 
@@ -79,7 +81,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except SlimdiffError as error:
-            failure = click.ClickException(str(error))
+            failure: Any = click.ClickException(str(error))
             failure.exit_code = 130 if type(error).__name__ == "Interrupted" else 1
             raise failure from error
         except RuntimeError as error:
@@ -88,6 +90,36 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             raise click.ClickException("The GPU is out of memory. Lower --batch-size, or use --device cpu.") from error
 
     return run
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command that runs a model takes."""
+    for option in (
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+            help="Dtype to run in, and of what compress writes; auto runs float16 on CUDA, float32 on the CPU, and "
+            "writes the dtype of the dense weights.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto prefers CUDA."),
+        click.option("--variant", help="Variant of the dense model's weights, such as fp16."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _picture_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command that paints pictures takes; without them the model family's own values count."""
+    for option in (
+        click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels."),
+        click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels."),
+        click.option("--guidance-scale", type=float, help="Classifier-free guidance scale."),
+        click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture."),
+        click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts only."),
+        click.option("--column", default="prompt", show_default=True, help="Prompt column of a .csv or .jsonl file."),
+        click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv or .jsonl."),
+    ):
+        command = option(command)
+    return command
 
 
 def _say(text: str) -> None:
@@ -104,39 +136,39 @@ def main() -> None:
     slimdiff compress --budget 0.35     remove 35% of attention and feed-forward parameters in closed form
     slimdiff bench                      dense against slim: speed, memory, size, and how far the pictures moved
 
-    Typed one after the other in any folder, each command picks up what the one before it left in ./slimdiff-out. Without
-    a MODEL they run on a miniature Stable Diffusion that comes with slimdiff. MODEL is a hub id (owner/name), a diffusers
-    folder, or a .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL.
+    Typed one after the other in any folder, each command picks up what the one before it left in ./slimdiff-out.
+    Without a MODEL they run on a miniature Stable Diffusion that comes with slimdiff. MODEL is a hub id (owner/name), a
+    diffusers folder, or a .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL.
     """
 
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("--prompts", type=PATH, help="Prompt file (.txt, .csv, .jsonl).  [default: the model family's own]")
-@click.option("--column", default="prompt", show_default=True, help="Column of a .csv or .jsonl prompt file.")
-@click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: 500, or all of yours]")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture; all are used.")
-@click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: the family's own]")
+@_picture_options
 @click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the checkpoint's own]")
-@click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels.  [default: the model's own]")
-@click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels.  [default: the model's own]")
+@click.option("--seed", default=0, show_default=True, help="Prompt i starts from the noise of seed + i.")
 @click.option("--batch-size", default="auto", show_default=True, help="Prompts at once; changes speed, not results.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto prefers CUDA.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Dtype the model runs in; auto is float16 on CUDA, float32 on the CPU.")  # fmt: skip
-@click.option("--variant", help="Weights' variant in a folder or on the hub, such as fp16.")
+@_model_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Prompt i starts from the noise of seed + i.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from a partial file of the same job.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from an unfinished run of this job.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
-@click.option("-o", "--output", type=PATH, help="Statistics file.  [default: slimdiff-out/<model>/statistics.safetensors]")
+@click.option("-o", "--output", type=PATH, help="Statistics.  [default: slimdiff-out/<model>/statistics.safetensors]")
 @_command
 def calibrate(
-    model: str | None, prompts: Path | None, column: str, num_prompts: int | None, steps: int | None,
-    guidance_scale: float | None, scheduler: str | None, height: int | None, width: int | None, batch_size: str,
-    device: str, dtype: str, variant: str | None, revision: str | None, seed: int, resume: bool, force: bool,
+    model: str | None,
+    prompts: Path | None,
+    column: str,
+    num_prompts: int | None,
+    batch_size: str,
+    device: str,
+    dtype: str,
+    variant: str | None,
+    revision: str | None,
+    resume: bool,
+    force: bool,
     output: Path | None,
-) -> None:  # fmt: skip
+    **changes: Any,
+) -> None:
     """Run MODEL over about 500 prompts and ALL their timesteps, and save what compression needs to know.
 
     Ctrl-C saves; the same command goes on from there. The miniature takes minutes on a CPU; a full-size model wants a
@@ -144,27 +176,27 @@ def calibrate(
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise click.BadParameter(f"'{batch_size}' is neither auto nor a positive number.", param_hint="--batch-size")
-    from slimdiff import pipeline, recipe
+    from slimdiff import pipeline, recipe, source
     from slimdiff.calibrate import calibrate as run
 
     chosen = None if prompts is None else recipe.read_prompts(prompts, column)
     on = pipeline.device_of(device)
-    source = pipeline.find(model, variant, revision)
-    output = output or outputs.statistics_path(source.name)
-    _say(f"model: {source.reference}   device: {on}   output: {output}")
-    pipe = pipeline.load(source, pipeline.dtype_of(dtype, on)).to(on)
-    job = recipe.family_recipe(
-        pipeline.family(pipe, source), pipeline.native_size(pipe), prompts=chosen, num_prompts=num_prompts, steps=steps,
-        guidance_scale=guidance_scale, scheduler=scheduler, height=height, width=width, seed=seed,
-    )  # fmt: skip
-    _say(f"recipe: {len(job.prompts)} prompts x {job.steps} steps, guidance {job.guidance_scale:g}, "
-         f"{job.width}x{job.height} px, family {job.family}")  # fmt: skip
-    size = None if batch_size == "auto" else int(batch_size)
-    done = run(pipe, source, job, output, batch_size=size, resume=resume, force=force)
+    dense = source.find(model, variant, revision)
+    output = output or outputs.statistics_path(dense.name)
+    _say(f"model: {dense.reference}   device: {on}   output: {output}")
+    pipe = pipeline.load(dense, pipeline.dtype_of(dtype, on)).to(on)
+    family, size = pipeline.family(pipe, dense), pipeline.native_size(pipe)
+    job = recipe.family_recipe(family, size, prompts=chosen, num_prompts=num_prompts, **changes)
+    _say(
+        f"recipe: {len(job.prompts)} prompts x {job.steps} steps, guidance {job.guidance_scale:g}, "
+        f"{job.width}x{job.height} px, family {job.family}"
+    )
+    batch = None if batch_size == "auto" else int(batch_size)
+    done = run(pipe, dense, job, output, batch_size=batch, resume=resume, force=force)
     if done.was_there:
         click.echo(f"{output} already holds this calibration; --force runs it again.")
     else:
-        again = f", resumed at {done.resumed_at}" if done.resumed_at else ""
+        again = f", resumed at prompt {done.resumed_at}" if done.resumed_at else ""
         click.echo(f"{output}: {done.prompts} prompts in {done.seconds:.0f} s{again}")
     _say("next: slimdiff compress --budget 0.35")
 
@@ -172,43 +204,76 @@ def calibrate(
 @main.command()
 @click.argument("statistics", required=False, type=PATH)
 @click.option("--budget", type=Budget(), default=0.35, show_default=True, help="Share to remove, at least 0, below 1.")
-@click.option("--budget-of", type=click.Choice(["groups", "unet", "macs"]), default="groups", show_default=True,
-              help="Share of what: the groups' parameters, the whole UNet's, or the groups' MACs.")  # fmt: skip
-@click.option("--groups", type=Kinds(), default=",".join(KINDS), show_default=True,
-              help="Kinds to cut: query-key, value-output, feed-forward.")  # fmt: skip
-@click.option("--independent-ranks", is_flag=True,
-              help="Let query-key and value-output widths of one attention differ: a little better, slower.")  # fmt: skip
-@click.option("--round-to", type=click.IntRange(1),
-              help="Step of head widths; feed-forward takes 8x.  [default: 8 and 64, finer in narrow layers]")  # fmt: skip
-@click.option("--min-width", type=click.FloatRange(0, 1, min_open=True), default=0.125, show_default=True,
-              help="Least share of its width that a group keeps.")  # fmt: skip
-@click.option("--influence", type=click.Choice(["sampler", "local"]), default="sampler", show_default=True,
-              help="Weigh errors by what they do to the final latents (probed once, cached), or not at all.")  # fmt: skip
-@click.option("--probe-prompts", type=click.IntRange(1, 32), default=8, show_default=True, help="Prompts of the probe.")
-@click.option("--probe-steps", type=click.IntRange(1), default=10, show_default=True, help="Sampler steps of the probe.")
-@click.option("--refine/--no-refine", default=False, show_default=True,
-              help="Refit output projections block by block on held states; kept where held-out states agree.")  # fmt: skip
+@click.option(
+    "--budget-of",
+    "of",
+    type=click.Choice(["groups", "unet", "macs"]),
+    default="groups",
+    show_default=True,
+    help="Share of what: the groups' parameters, the whole UNet's, or the groups' MACs.",
+)
+@click.option(
+    "--groups",
+    "kinds",
+    type=Kinds(),
+    default=",".join(KINDS),
+    show_default=True,
+    help="Kinds to cut: query-key, value-output, feed-forward.",
+)
+@click.option("--independent-ranks", is_flag=True, help="Let query-key and value-output widths of one layer differ.")
+@click.option(
+    "--round-to",
+    type=click.IntRange(1),
+    help="Step of head widths; feed-forward widths take eight times that.  [default: 8, finer in narrow layers]",
+)
+@click.option(
+    "--min-width",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.125,
+    show_default=True,
+    help="Least share of its width that a group keeps.",
+)
+@click.option(
+    "--influence",
+    type=click.Choice(["sampler", "local"]),
+    default="sampler",
+    show_default=True,
+    help="Weigh errors by what they do to the final latents (probed once, then cached), or not at all.",
+)
+@click.option(
+    "--probe-prompts", type=click.IntRange(1, 32), default=8, show_default=True, help="Prompts to probe with."
+)
+@click.option("--probe-steps", type=click.IntRange(1), default=10, show_default=True, help="Sampler steps of a probe.")
+@click.option(
+    "--refine/--no-refine",
+    default=False,
+    show_default=True,
+    help="Refit output projections on calibration states; a layer keeps its refit if held-out states agree.",
+)
 @click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
-@click.option("--variant", help="Weights' variant of the dense model, such as fp16.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto prefers CUDA.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Dtype of the slim weights; auto is that of the dense ones.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@_model_options
+@click.option("--dry-run", is_flag=True, help="Print the plan, group by group, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing slim checkpoint.")
 @click.option("-o", "--output", type=PATH, help="Slim checkpoint.  [default: slim-<budget> beside the statistics]")
 @_command
 def compress(
-    statistics: Path | None, budget: float, budget_of: str, groups: tuple[str, ...], independent_ranks: bool,
-    round_to: int | None, min_width: float, influence: str, probe_prompts: int, probe_steps: int, refine: bool,
-    model: str | None, variant: str | None, device: str, dtype: str, dry_run: bool, force: bool, output: Path | None,
-) -> None:  # fmt: skip
+    statistics: Path | None,
+    model: str | None,
+    device: str,
+    dtype: str,
+    variant: str | None,
+    dry_run: bool,
+    force: bool,
+    output: Path | None,
+    **choices: Any,
+) -> None:
     """Remove a share of the UNet in closed form, and write a slim diffusers checkpoint.
 
     STATISTICS is the file of 'slimdiff calibrate'; without it the newest under ./slimdiff-out is taken. One budget is
-    shared out over all layers by how much each one's error moves the final picture. The result loads in plain diffusers,
-    also where slimdiff is not installed.
+    shared out over all layers by how much each one's error moves the final picture. The result loads in plain
+    diffusers, also where slimdiff is not installed.
     """
-    from slimdiff import checkpoint, pipeline
+    from slimdiff import checkpoint, pipeline, source
     from slimdiff.compress import Options
     from slimdiff.compress import compress as run
     from slimdiff.statistics import StatisticsFile
@@ -217,26 +282,21 @@ def compress(
         statistics = outputs.newest_statistics()
         _say(f"statistics: {statistics}")
     file = StatisticsFile(statistics)
-    options = Options(
-        budget=budget, of=budget_of, kinds=groups, round_to=round_to, min_width=min_width,  # type: ignore[arg-type]
-        independent_ranks=independent_ranks, influence=influence,  # type: ignore[arg-type]
-        probe_prompts=probe_prompts, probe_steps=probe_steps, refine=refine,
-    )  # fmt: skip
-    output = output or outputs.slim_path(statistics, budget, budget_of)
+    options = Options(**choices)
+    output = output or outputs.slim_path(statistics, options.budget, options.of)
     if not dry_run:
         checkpoint.check_output(output, force)
     on = pipeline.device_of(device)
-    source = pipeline.find(model or file.model, variant or file.variant)
-    stored = pipeline.stored_dtype(source)
-    pipe = pipeline.load(source, pipeline.working_dtype(stored, on))
-    file.check_model(pipeline.fingerprint(pipe.unet), source.reference)
-    pipe.to(on)
-    slim, plan = run(pipe, file, options)
+    dense = source.find(model or file.model, variant or file.variant)
+    stored = source.stored_dtype(dense)
+    pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
+    file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
+    slim, plan = run(pipe.to(on), file, options)
     click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
     if dry_run:
         return
     slim.to("cpu", stored if dtype == "auto" else pipeline.dtype_of(dtype, on))
-    checkpoint.write(output, slim, pipe.to("cpu"), plan.to_json(), source.folder, source.variant, force)
+    checkpoint.write(output, slim, pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force)
     click.echo(f"{output}: slim checkpoint, {checkpoint.size_in_bytes(output) / 1e6:.1f} MB of UNet weights")
     _say("next: slimdiff bench")
 
@@ -244,36 +304,41 @@ def compress(
 @main.command()
 @click.argument("slim", required=False, type=PATH)
 @click.option("--dense", help="Dense model.  [default: the one the slim checkpoint was made from]")
-@click.option("--variant", help="Weights' variant of the dense model, such as fp16.")
-@click.option("--prompts", type=PATH, help="Prompt file (.txt, .csv, .jsonl).  [default: prompts calibration never saw]")
-@click.option("--column", default="prompt", show_default=True, help="Column of a .csv or .jsonl prompt file.")
-@click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: all]")
-@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: as calibrated]")
-@click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: as calibrated]")
-@click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels.  [default: as calibrated]")
-@click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels.  [default: as calibrated]")
-@click.option("--batch-sizes", type=Sizes(), default="1,4", show_default=True, help="Pictures at once, for UNet latency.")
+@_picture_options
+@click.option("--seed", default=10_000, show_default=True, help="Prompt i starts from the noise of seed + i.")
+@click.option("--batch-sizes", type=Sizes(), default="1,4", show_default=True, help="Pictures at once, for latency.")
 @click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="Timed pairs for each latency.")
-@click.option("--seed", type=int, default=10_000, show_default=True, help="Prompt i starts from the noise of seed + i.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto prefers CUDA.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Dtype both run in; auto is float16 on CUDA, float32 on the CPU.")  # fmt: skip
+@_model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-@click.option("-o", "--output", type=PATH, help="Folder of the report.  [default: bench-<budget> beside the checkpoint]")
+@click.option(
+    "-o", "--output", type=PATH, help="Report folder.  [default: bench-<budget> beside the checkpoint]"
+)
 @_command
 def bench(
-    slim: Path | None, dense: str | None, variant: str | None, prompts: Path | None, column: str,
-    num_prompts: int | None, steps: int | None, guidance_scale: float | None, height: int | None, width: int | None,
-    batch_sizes: tuple[int, ...], repeats: int, seed: int, device: str, dtype: str, as_json: bool, output: Path | None,
-) -> None:  # fmt: skip
+    slim: Path | None,
+    dense: str | None,
+    prompts: Path | None,
+    column: str,
+    num_prompts: int | None,
+    seed: int,
+    batch_sizes: tuple[int, ...],
+    repeats: int,
+    device: str,
+    dtype: str,
+    variant: str | None,
+    as_json: bool,
+    output: Path | None,
+    **changes: Any,
+) -> None:
     """Measure dense against slim in one run: speed, memory, size, and how far the pictures moved.
 
     SLIM is a folder of 'slimdiff compress'; without it the newest under ./slimdiff-out is taken. Both models paint the
-    same prompts from the same noise. Writes report.json and report.html (open it in a browser) and prints the table.
+    same prompts (by default ones that calibration never saw) from the same noise, with calibration's own settings.
+    Writes report.json and report.html (open it in a browser) and prints the table.
     """
     import json
 
-    from slimdiff import checkpoint, pipeline, recipe, report
+    from slimdiff import checkpoint, pipeline, recipe, report, source
     from slimdiff.bench import Settings
     from slimdiff.bench import bench as run
     from slimdiff.plan import Plan
@@ -282,27 +347,27 @@ def bench(
         slim = outputs.newest_slim()
         _say(f"slim checkpoint: {slim}")
     plan = Plan.from_json(checkpoint.read_plan(slim))
-    chosen = None if prompts is None else recipe.read_prompts(prompts, column)
+    made = plan.provenance["recipe"]
+    texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
+    texts = texts[:num_prompts]
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
-    slim_pipe = checkpoint.load(slim, torch_dtype=in_dtype)
-    source = pipeline.find(dense or plan.provenance["model"], variant or plan.provenance["variant"])
-    dense_pipe = pipeline.load(source, in_dtype)
-    _check_same_model(plan, pipeline.fingerprint(dense_pipe.unet), source.reference)
-    made = plan.provenance["recipe"]
-    texts = chosen or recipe.bench_prompts(made["family"])
-    texts = texts[: num_prompts or len(texts)]
-    settings = Settings(
-        prompts=texts, negatives=("",) * len(texts), steps=steps or made["steps"],
-        guidance_scale=made["guidance_scale"] if guidance_scale is None else guidance_scale,
-        height=height or made["height"], width=width or made["width"], seed=seed, batch_sizes=batch_sizes, repeats=repeats,
-    )  # fmt: skip
-    for pipe in (dense_pipe, slim_pipe):
+    found = source.find(dense or plan.provenance["model"], variant or plan.provenance["variant"])
+    pipes = pipeline.load(found, in_dtype), checkpoint.load(slim, torch_dtype=in_dtype)
+    _check_same_model(plan, pipeline.fingerprint(pipes[0].unet), found.reference)
+    for pipe in pipes:
         pipeline.use_scheduler(pipe, made["scheduler"])
-        pipe.set_progress_bar_config(disable=True)
         pipe.to(on)
-    sizes = pipeline.unet_bytes(source), checkpoint.size_in_bytes(slim)
-    result = run(dense_pipe, slim_pipe, plan, settings, sizes=sizes)
+    settings = Settings(
+        prompts=texts,
+        negatives=("",) * len(texts),
+        seed=seed,
+        batch_sizes=batch_sizes,
+        repeats=repeats,
+        **{name: made[name] if value is None else value for name, value in changes.items()},
+    )
+    sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
+    result = run(*pipes, plan, settings, sizes=sizes)
     json_path, html_path = report.write(result, output or outputs.report_path(slim))
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
     _say(f"report: {json_path}\npictures: {html_path}")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from slimdiff import __version__, influence
 from slimdiff.allocate import Allocation, Item, allocate
 from slimdiff.errors import BudgetError
-from slimdiff.groups import KINDS, Group, find_groups, names, select
 from slimdiff.gram import Moments
+from slimdiff.groups import KINDS, Group, find_groups, names, select
 from slimdiff.macs import count, token_counts
-from slimdiff.plan import Entry, Plan
+from slimdiff.plan import Entry, Plan, short
+from slimdiff.refine import refine
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.ffn import solve_ffn
 from slimdiff.solve.qk import solve_qk
@@ -37,7 +37,8 @@ class Options:
     MACs. `round_to` is the step of head widths (feed-forward widths take eight times that); None picks it by layer.
     `min_width` is the least share of its width a group keeps. `independent_ranks` lets the query-key and value-output
     widths of one attention differ. `influence` weighs local errors by what they do to the final latents ("sampler", by
-    probing with `probe_prompts` and `probe_steps`) or not at all ("local").
+    probing with `probe_prompts` and `probe_steps`) or not at all ("local"). `refine` refits output projections on the
+    calibration states afterwards.
     """
 
     budget: float
@@ -54,8 +55,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.budget < 1:
             raise BudgetError(
-                f"A budget of {self.budget:g} was asked for; it is the share to remove, at least 0 (which changes nothing) "
-                "and below 1. Try --budget 0.35."
+                f"A budget of {self.budget:g} was asked for; it is the share to remove, at least 0 "
+                "(which changes nothing) and below 1. Try --budget 0.35."
             )
         if not 0 < self.min_width <= 1:
             raise BudgetError(f"--min-width {self.min_width:g} is not a share of the width: above 0, at most 1.")
@@ -69,7 +70,12 @@ def compress(
     Raises BudgetError if the budget cannot be met, StatisticsError if the statistics are damaged, empty or not finite.
     """
     plan, solutions = make_plan(pipe, statistics, options)
-    return build(pipe.unet, plan.ranks(), solutions), plan
+    slim = build(pipe.unet, plan.ranks(), solutions)
+    if options.refine and plan.ranks():
+        cut = [group for group in find_groups(pipe.unet) if group.name in plan.ranks()]
+        refits = refine(pipe.unet, slim, cut, statistics.states())
+        plan = replace(plan, refits={refit.group: refit.ratio for refit in refits})
+    return slim, plan
 
 
 def make_plan(
@@ -89,7 +95,9 @@ def make_plan(
     items = [_item(members, solutions, weights, options) for members in _units(groups, options)]
     allocation = allocate(items, required)
     slim_ranks = _ranks(groups, allocation, options)
-    return _plan(unet, groups, solutions, weights, slim_ranks, allocation, statistics, options, size, text_tokens), solutions
+    return _plan(
+        unet, groups, solutions, weights, slim_ranks, allocation, statistics, options, size, text_tokens
+    ), solutions
 
 
 def solve(unet: UNet2DConditionModel, group: Group, statistics: StatisticsFile) -> Solution:
@@ -196,14 +204,14 @@ def _required(unet: UNet2DConditionModel, groups: Sequence[Group], options: Opti
         for widths in [_widths(g, options)]
     )
     if required > most:
-        unit, what = (1e9, "G MACs") if options.of == "macs" else (1e6, "M parameters")
+        what = "MACs" if options.of == "macs" else "parameters"
         held = sum(_cost(g, options.of) * g.width for g in groups)
-        owner = "UNet" if options.of == "unet" else "chosen groups"
+        owner = "UNet" if options.of == "unet" else "groups"
         kinds = ", ".join(options.kinds)
         raise BudgetError(
-            f"{options.budget:.1%} of the {owner}'s {whole / unit:.2f}{what} is {required / unit:.2f}{what}. The groups "
-            f"{kinds} hold {held / unit:.2f}{what}, of which at most {most / unit:.2f}{what} can go with --min-width "
-            f"{options.min_width:g}. The most for this model is --budget {math.floor(1000 * most / whole) / 1000:g}."
+            f"{options.budget:.1%} of the {owner}'s {short(whole)} {what} is {short(required)}. The groups {kinds} "
+            f"hold {short(held)}, of which at most {short(most)} can go with --min-width {options.min_width:g}. "
+            f"The most for this model is --budget {math.floor(1000 * most / whole) / 1000:g}."
         )
     return required
 

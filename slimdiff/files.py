@@ -28,7 +28,9 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_UMASK)  # some writers make files that only their owner can read
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"Cannot write {path}: {error.strerror or error}. Free some space or pick another -o.") from error
+        raise OutputError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space or pick another -o."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -53,7 +53,9 @@ def find_groups(unet: nn.Module, tokens: dict[str, tuple[int, int]] | None = Non
     """
     groups: list[Group] = []
     stages = ("down", "mid", "up")  # modules are registered in another order
-    layers = sorted(unet.named_modules(), key=lambda item: stages.index(item[0].split("_")[0]) if "_block" in item[0] else -1)
+    layers = sorted(
+        unet.named_modules(), key=lambda item: stages.index(item[0].split("_")[0]) if "_block" in item[0] else -1
+    )
     for path, layer in layers:
         queries, keys = (tokens or {}).get(path, (0, 0))
         if isinstance(layer, Attention):
@@ -117,15 +119,15 @@ class Probe:
 
 def probes(unet: nn.Module, group: Group) -> list[Probe]:
     """What calibration has to record for a group: queries and keys, head outputs, or hidden units."""
-    layer = unet.get_submodule(group.module)
+    layer: Any = unet.get_submodule(group.module)
     if group.kind == "qk":
         return [
             Probe("q", layer.to_q, "output", per_head=True, centred=False),
             Probe("k", layer.to_k, "output", per_head=True, centred=True),
         ]
     if group.kind == "vo":
-        return [Probe("z", layer.to_out[0], "input", per_head=False, centred=False)]
-    return [Probe("u", layer.net[2], "input", per_head=False, centred=False)]
+        return [Probe("z", output_layer(unet, group), "input", per_head=False, centred=False)]
+    return [Probe("u", output_layer(unet, group), "input", per_head=False, centred=False)]
 
 
 @dataclass(frozen=True)
@@ -156,3 +158,14 @@ def select(groups: Iterable[Group], kinds: Iterable[str]) -> list[Group]:
     return [group for group in groups if group.kind in wanted]
 
 
+def output_layer(unet: nn.Module, group: Group) -> nn.Linear:
+    """The projection through which a value-output or feed-forward group leaves its layer."""
+    layer: Any = unet.get_submodule(group.module)
+    return layer.to_out[0] if group.kind == "vo" else layer.net[2]
+
+
+def residual_norm(unet: nn.Module, group: Group) -> nn.Module:
+    """The norm whose input is the residual stream that a group's layer reads from and adds to."""
+    block, _, own = group.module.rpartition(".")
+    norm = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}[own]
+    return unet.get_submodule(f"{block}.{norm}")

@@ -27,7 +27,7 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Influence:
-    """Per group: the width it was probed at and, for each probing prompt, the relative squared error of the final latents.
+    """Per group: the width it was probed at, and each probing prompt's relative squared error of the final latents.
 
     `statistics` is the digest of the statistics file it belongs to.
     """
@@ -39,7 +39,7 @@ class Influence:
     errors: dict[str, list[float]]
 
     def weight(self, group: str, solution: Solution) -> float:
-        """Final error per unit of local error; the median over prompts, so that one picture that flips does not decide."""
+        """Final error per unit of local error: the median over prompts, so that one that flips does not decide."""
         local = float(solution.error[self.widths[group]])
         return float(torch.tensor(self.errors[group], dtype=torch.float64).median()) / local if local > 0 else 0.0
 

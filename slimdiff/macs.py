@@ -54,7 +54,7 @@ def count(unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens:
 def token_counts(
     unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens: int = 77
 ) -> dict[str, tuple[int, int]]:
-    """Query and key tokens per sample of every attention and feed-forward layer (there both are its tokens), by path."""
+    """Query and key tokens per sample of every attention and feed-forward layer (where both are its tokens)."""
     counts: dict[str, tuple[int, int]] = {}
 
     def watch(path: str, layer: nn.Module) -> None:

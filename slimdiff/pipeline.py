@@ -1,11 +1,9 @@
-"""Finding and loading a model, naming it by its content, and running it on a batch of prompts from fixed seeds."""
+"""Loading a model, naming it by its content, and running it on a batch of prompts from fixed seeds."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,24 +15,7 @@ from torch import Tensor, nn
 
 from slimdiff.errors import ModelError, SlimdiffError
 from slimdiff.recipe import SCHEDULERS
-
-DEMO = Path(__file__).parent / "demo" / "model"
-"""The bundled miniature."""
-
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model came from: `reference` as typed, a short `name` for folders, and its local diffusers folder.
-
-    `folder` is None for a single file. `variant` is the weights' variant, such as "fp16".
-    """
-
-    reference: str
-    name: str
-    folder: Path | None
-    variant: str | None = None
+from slimdiff.source import DEMO, Source
 
 
 def device_of(name: str) -> torch.device:
@@ -61,61 +42,6 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def find(model: str | None, variant: str | None = None, revision: str | None = None) -> Source:
-    """Where a model is: a hub id (downloaded into the hub's cache), a folder, a `.safetensors` file, None for the demo.
-
-    Raises ModelError if there is nothing there, or only pickles.
-    """
-    if model is None or model == "demo":
-        return Source("demo", "demo", DEMO, variant)
-    path = Path(model).expanduser()
-    if path.suffix.lower() in PICKLES:
-        raise ModelError(
-            f"{model} is a pickle, and loading one can run any code in it. Use the model's .safetensors file, or convert "
-            "it on a machine you can afford to lose."
-        )
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise ModelError(f"{model} is a file, but not a .safetensors file; pass a folder, a hub id or .safetensors.")
-        return Source(str(path.resolve()), path.stem, None)
-    if path.is_dir():
-        _check_folder(path, variant)
-        return Source(str(path.resolve()), path.resolve().name, path.resolve(), variant)
-    looks_local = model.startswith((".", "/", "~")) or model.endswith(".safetensors") or model.count("/") != 1
-    if looks_local:
-        raise ModelError(f"There is no file or folder {model}, and it is no hub id (those look like owner/name).")
-    try:
-        folder = DiffusionPipeline.download(model, variant=variant, revision=revision, use_safetensors=True)
-    except Exception as error:  # the hub raises a family of its own types, OSError and ValueError for what users mistype
-        raise ModelError(
-            f"Cannot get {model} from the hub: {str(error).strip().splitlines()[0]} "
-            "Check the name, the network, and whether the model offers .safetensors weights."
-        ) from error
-    return Source(model, model.split("/")[-1], Path(folder), variant)
-
-
-def _check_folder(path: Path, variant: str | None) -> None:
-    if not (path / "model_index.json").is_file():
-        raise ModelError(
-            f"{path} is not a diffusers pipeline folder: it has no model_index.json. Pass the folder that holds "
-            "model_index.json, unet/, vae/ and the others, or a single .safetensors file."
-        )
-    unet = path / "unet"
-    if not unet.is_dir():
-        raise ModelError(
-            f"{path} has no unet/ folder. slimdiff compresses UNets of Stable Diffusion 1.x, 2.x and SDXL; transformer "
-            "models (SD3, Flux, PixArt) are not supported."
-        )
-    if not any(unet.glob("*.safetensors")):
-        pickles = sorted(p.name for p in unet.iterdir() if p.suffix in PICKLES)
-        found = f"only pickles ({', '.join(pickles)}), which slimdiff does not read" if pickles else "no weights"
-        raise ModelError(
-            f"{unet} holds {found}. Save the pipeline with save_pretrained(..., safe_serialization=True) and pass that."
-        )
-    if variant and not any(unet.glob(f"*.{variant}*.safetensors")):
-        raise ModelError(f"{unet} has no weights of variant '{variant}'; leave out --variant or pick one that is there.")
-
-
 def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The dense pipeline on the CPU, quiet and without a safety checker.
 
@@ -137,7 +63,9 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ModelError(f"Cannot load {source.reference}: a weight file is damaged ({error}). Download it again.") from error
+        raise ModelError(
+            f"Cannot load {source.reference}: a weight file is damaged ({error}). Download it again."
+        ) from error
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, diffusers.UNet2DConditionModel):
         found = type(unet).__name__ if unet is not None else type(pipe).__name__
@@ -193,29 +121,6 @@ def use_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
     """Swap in the scheduler of a recipe, made from the checkpoint's own schedule."""
     if name is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
-
-
-def unet_files(source: Source) -> list[Path]:
-    """The files that hold the UNet's weights (and everything else's, for a single file)."""
-    if source.folder is None:
-        return [Path(source.reference)]
-    unet = source.folder / "unet"
-    if source.variant:
-        return sorted(unet.glob(f"*.{source.variant}*.safetensors"))
-    plain = [path for path in unet.glob("*.safetensors") if path.name.count(".") == 1]
-    return sorted(plain or unet.glob("*.safetensors"))
-
-
-def unet_bytes(source: Source) -> int:
-    return sum(path.stat().st_size for path in unet_files(source))
-
-
-def stored_dtype(source: Source) -> torch.dtype:
-    """The dtype the UNet's weights are stored in."""
-    with safe_open(unet_files(source)[0], framework="pt") as file:
-        first = next(name for name in file.keys() if not name.startswith(("first_stage", "cond_stage", "conditioner")))
-        dtype: torch.dtype = file.get_tensor(first).dtype
-    return dtype
 
 
 def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -274,5 +179,3 @@ def sample(
         output_type=output,
         callback_on_step_end=step_end,
     ).images
-
-

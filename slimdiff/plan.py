@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from slimdiff.errors import SlimdiffError
@@ -39,7 +39,8 @@ class Entry:
 class Plan:
     """`budget` is the share to remove `of` ("groups", "unet" or "macs"); `achieved` the same share as it came out.
 
-    `provenance` names what it was made from: model, fingerprint, statistics, versions, options.
+    `provenance` names what it was made from: model, fingerprint, statistics, versions, options. `refits` holds, for
+    each layer that was refined, the held-out error after over before.
     """
 
     budget: float
@@ -51,6 +52,7 @@ class Plan:
     predicted_error: float
     lower_bound: float
     provenance: dict[str, Any]
+    refits: dict[str, float] = field(default_factory=dict)
 
     def ranks(self) -> dict[str, int]:
         """Width of every group that is cut."""
@@ -70,8 +72,8 @@ class Plan:
                 Entry(**{**entry, "params": tuple(entry["params"]), "macs": tuple(entry["macs"])})
                 for entry in data.pop("entries")
             )
-            pairs = {key: tuple(data.pop(key)) for key in ("unet_params", "unet_macs")}
-            return Plan(entries=entries, **pairs, **data)
+            data |= {key: tuple(data[key]) for key in ("unet_params", "unet_macs")}
+            return Plan(entries=entries, **data)
         except (KeyError, TypeError, ValueError) as error:
             raise SlimdiffError(f"This is not a plan of slimdiff ({type(error).__name__}: {error}).") from error
 

@@ -51,7 +51,8 @@ class Recipe:
     def from_json(data: dict[str, Any]) -> Recipe:
         known = {field.name for field in fields(Recipe)}
         lists = {"prompts", "negatives"}
-        return Recipe(**{k: tuple(v) if k in lists else v for k, v in data.items() if k in known})
+        values: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in data.items() if k in known}
+        return Recipe(**values)
 
 
 def folder() -> Path:
@@ -97,7 +98,7 @@ def family_recipe(
 
 
 def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
-    """Prompts from a .txt (one a line), .csv or .jsonl file (those two by the name of a column); empty lines are skipped.
+    """Prompts from a .txt (one a line), .csv or .jsonl file (those two by a column's name); empty lines are skipped.
 
     Raises SlimdiffError if the file is missing, not UTF-8, of another kind, without that column, or holds no prompt.
     """
@@ -117,7 +118,9 @@ def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
     else:
         raise SlimdiffError(f"{path} ends in '{path.suffix}'; prompts are read from .txt, .csv and .jsonl files.")
     if rows and column not in rows[0]:
-        raise SlimdiffError(f"{path} has no column '{column}', only {', '.join(rows[0])}; name the right one: --column.")
+        raise SlimdiffError(
+            f"{path} has no column '{column}', only {', '.join(rows[0])}; name the right one: --column."
+        )
     prompts = tuple(str(row[column]).strip() for row in rows if str(row.get(column) or "").strip())
     if not prompts:
         raise SlimdiffError(f"{path} holds no prompt; put one on each line.")
@@ -128,7 +131,9 @@ def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SlimdiffError(f"{path}, line {number} is not JSON ({error.msg}); write one JSON object a line.") from error
+        raise SlimdiffError(
+            f"{path}, line {number} is not JSON ({error.msg}); write one JSON object a line."
+        ) from error
     if not isinstance(row, dict):
         raise SlimdiffError(f"{path}, line {number} is not a JSON object; write one a line, with a prompt column.")
     return row

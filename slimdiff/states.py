@@ -21,9 +21,9 @@ PER_PROMPT = 8
 class States:
     """`samples` (m, C, H, W), `timesteps` (m,) and `prompts` (m,), the index of each state's prompt.
 
-    `conditioning` holds what the UNet got for each of those prompts, by name: (p, 2, ...) with the negative prompt first,
-    or (p, 1, ...) without classifier-free guidance. Names are those of the UNet's arguments, `added_cond_kwargs.` in
-    front of the members of that dictionary.
+    `conditioning` holds what the UNet got for each of those prompts, by name: (p, 2, ...) with the negative prompt
+    first, or (p, 1, ...) without classifier-free guidance. Names are those of the UNet's arguments,
+    `added_cond_kwargs.` in front of the members of that dictionary.
     """
 
     samples: list[Tensor] = field(default_factory=list)
@@ -80,7 +80,7 @@ class States:
 
 @contextmanager
 def recorded(unet: nn.Module, states: States, first: int, count: int, calls: int) -> Iterator[None]:
-    """Adds to `states` while a batch of `count` prompts, the recipe's `first` ones onwards, runs for `calls` UNet calls."""
+    """Adds to `states` while `count` prompts, from the recipe's `first` on, run as one batch for `calls` UNet calls."""
     wanted = range(first, min(first + count, PROMPTS))
     call = 0
 

@@ -96,7 +96,9 @@ class StatisticsFile:
         except json.JSONDecodeError as error:
             raise self._damaged("its metadata cannot be read") from error
         if self.metadata.get("format", 0) > FORMAT:
-            raise StatisticsError(f"{path} was written by a newer slimdiff (format {self.metadata['format']}); upgrade.")
+            raise StatisticsError(
+                f"{path} was written by a newer slimdiff (format {self.metadata['format']}); upgrade."
+            )
         if _digest(self.metadata) != stored.get("digest"):
             raise self._damaged("its metadata does not match its checksum")
 
@@ -169,5 +171,5 @@ class StatisticsFile:
             )
         if self.done < len(self.recipe.prompts):
             raise StatisticsError(
-                f"{self.path} covers {self.done} of {len(self.recipe.prompts)} prompts; let 'slimdiff calibrate' finish it."
+                f"{self.path} covers {self.done} of {len(self.recipe.prompts)} prompts; let 'slimdiff calibrate' end."
             )

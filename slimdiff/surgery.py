@@ -70,7 +70,7 @@ def _padded_columns(factors: Factors, group: Group) -> Tensor:
 
 @contextmanager
 def truncated(unet: nn.Module, group: Group, factors: Factors) -> Iterator[None]:
-    """While inside, the dense `unet` computes as if `group` were cut; afterwards its weights are bit for bit as before."""
+    """While inside, the dense `unet` computes as if `group` were cut; afterwards its weights are back."""
     parameters = dict(unet.named_parameters())
     replaced = slim_weights(unet, group, factors, padded=True)
     before = {name: parameters[name].data for name in replaced}

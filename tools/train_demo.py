@@ -55,8 +55,8 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def fit(
-    name: str, modules: dict[str, nn.Module], loss: Callable[[int], Tensor], steps: int, rate: float, args: argparse.Namespace,
-    averaged: dict[str, nn.Module] | None = None, watch: Callable[[int], None] = lambda step: None,
+    name: str, modules: dict[str, nn.Module], loss: Callable[[int], Tensor], steps: int, rate: float, args:
+    argparse.Namespace, averaged: dict[str, nn.Module] | None = None, watch: Callable[[int], None] = lambda step: None,
 ) -> None:  # fmt: skip
     """Adam with warm-up and cosine decay; resumes from and saves to `<work>/<name>.pt`; the EMA goes to `averaged`."""
     path = args.work / f"{name}.pt"
@@ -94,7 +94,10 @@ def fit(
             torch._foreach_lerp_(list(average.parameters()), list(modules[key].parameters()), 1 - decay)
         running = value.item() if step == start else 0.99 * running + 0.01 * value.item()
         if (step + 1) % 100 == 0:
-            say(f"{name}: step {step + 1}/{steps} loss {running:.4f} {(time.time() - began) / (step + 1 - start):.3f} s/step")
+            say(
+                f"{name}: step {step + 1}/{steps} loss {running:.4f} "
+                f"{(time.time() - began) / (step + 1 - start):.3f} s/step"
+            )
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             save(step + 1)
             watch(step + 1)
@@ -157,6 +160,7 @@ def make_scheduler(prediction: str) -> DDIMScheduler:
 
 def labels_of(scene: scenes.Scene) -> list[int]:
     """Every attribute as a class; index 0 of the second thing's classes means that there is none."""
+
     def of(thing: scenes.Thing | None) -> list[int]:
         if thing is None:
             return [0, 0, 0]
@@ -232,7 +236,9 @@ def main() -> None:
     torch.manual_seed(1000 * args.seed + RANK)
 
     def tokens(captions: list[str]) -> Tensor:
-        return tokenizer(captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+        return tokenizer(
+            captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).input_ids
 
     stream = scenes.scenes(args.seed + 1 + RANK, held_out=False)
 
@@ -277,7 +283,9 @@ def main() -> None:
         dropped = torch.rand(mine, 1, device=args.device) < 0.1
         states = text(torch.where(dropped, empty, ids[at])).last_hidden_state
         # one timestep from each of `mine` equal slices of the schedule: the same law, less noise in the loss
-        t = (len(alphas) * (torch.randperm(mine, device=args.device) + torch.rand(mine, device=args.device)) / mine).long()
+        t = (
+            len(alphas) * (torch.randperm(mine, device=args.device) + torch.rand(mine, device=args.device)) / mine
+        ).long()
         noisy = scheduler.add_noise(clean, noise, t)
         target = noise if args.prediction == "epsilon" else scheduler.get_velocity(clean, noise, t)
         error = (unet(noisy, t, states).sample.float() - target).square().mean((1, 2, 3))

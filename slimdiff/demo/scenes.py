@@ -130,7 +130,7 @@ def _distance(kind: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     if kind == "square":
         return np.maximum(abs(x), abs(y)) - 0.88 * radius
     if kind == "triangle":
-        slope = (0.894 * abs(x) - 0.447 * (y + 1.05 * radius))
+        slope = 0.894 * abs(x) - 0.447 * (y + 1.05 * radius)
         return np.maximum(slope, y - 0.95 * radius)
     arm, reach = 0.36 * radius, 1.05 * radius
     bar = np.maximum(abs(x) - reach, abs(y) - arm)
@@ -186,6 +186,7 @@ _TEMPLATES = {  # per kind: the shape at a radius of 1, on a 16 x 16 grid over i
 
 def _kind_of(mask: np.ndarray) -> str:
     """The kind whose template, stretched to the component's own box, overlaps it best."""
+
     def overlap(kind: str) -> float:
         template = _TEMPLATES[kind]
         rows = np.arange(mask.shape[0]) * template.shape[0] // mask.shape[0]
@@ -232,14 +233,14 @@ def score(picture: np.ndarray, scene: Scene) -> dict[str, float]:
 
     def agreement(seen: tuple[Found | None, ...]) -> dict[str, float]:
         def share(of: str) -> float:
-            return sum(s is not None and getattr(s.thing, of) == getattr(a, of) for s, a in zip(seen, asked)) / len(asked)
+            return sum(
+                s is not None and getattr(s.thing, of) == getattr(a, of) for s, a in zip(seen, asked, strict=True)
+            ) / len(asked)
 
         position = 0.0
         if len(asked) == 1 and (only := seen[0]) is not None:
             column, row = PLACES[scene.layout]
-            position = float(
-                abs(only.x - COLUMNS[column]) < SIDE / 6 and abs(only.y - ROWS[row]) < SIDE / 6
-            )
+            position = float(abs(only.x - COLUMNS[column]) < SIDE / 6 and abs(only.y - ROWS[row]) < SIDE / 6)
         elif len(asked) == 2 and (a := seen[0]) is not None and (b := seen[1]) is not None:
             across, down = RELATIONS[scene.layout]
             position = float((b.x - a.x) * across + (b.y - a.y) * down > SIDE / 8)

@@ -50,10 +50,10 @@ def solve_ffn(hidden: Moments, weight: Tensor, has_bias: bool = True) -> FFNSolu
 def elimination(moment: Tensor, weight: Tensor) -> Tensor:
     """Columns of `weight`, (C, f), in the order in which backward elimination drops them, (f,).
 
-    Dropping unit j and refitting the rest adds `|w_j|² / P_jj` to the error, where P is the inverse of the moment of the
-    units still there and w_j the refitted column: optimal brain surgery (Hassibi & Stork, 1993) on a linear layer. With
-    `v = P_:j / √P_jj` and `t = w_j / √P_jj`, the drop updates `P -= v vᵀ` and `W -= t vᵀ`. Updates are collected in
-    panels (V, T), so that most of the work is in matrix products; units are picked exactly as if applied one by one.
+    Dropping unit j and refitting the rest adds `|w_j|² / P_jj` to the error, where P is the inverse of the moment of
+    the units still there and w_j the refitted column: optimal brain surgery (Hassibi & Stork, 1993) on a linear layer.
+    With `v = P_:j / √P_jj` and `t = w_j / √P_jj`, the drop updates `P -= v vᵀ` and `W -= t vᵀ`. Updates are collected
+    in panels (V, T), so that most of the work is in matrix products; units are picked exactly as if applied one by one.
     """
     f = weight.shape[1]
     alive = torch.arange(f, device=weight.device)

@@ -26,8 +26,8 @@ def solve_qk(queries: Tensor, keys: Tensor) -> QKSolution:
 
     Per head the logit is `q·k`. With `A = E[q qᵀ]` and `B = E[k kᵀ]`, each (h, d_h, d_h), the maps P, Q of rank r that
     minimise `E[(q·k - Pq·Qk)²]` over independent q and k come from the SVD `A^½ B^½ = U S Vᵀ`:
-    `P = S_r^½ U_rᵀ A^-½`, `Q = S_r^½ V_rᵀ B^-½`, and the error is the energy of S beyond r (Eckart-Young). It is the same
-    optimum as whitening both projections by their input covariances (MoDeGPT, arXiv 2408.09632, type II; SVD-LLM,
+    `P = S_r^½ U_rᵀ A^-½`, `Q = S_r^½ V_rᵀ B^-½`, and the error is the energy of S beyond r (Eckart-Young). It is the
+    same optimum as whitening both projections by their input covariances (MoDeGPT, arXiv 2408.09632, type II; SVD-LLM,
     arXiv 2403.07378), found in the head's own space instead of the layer's.
 
     The softmax ignores a constant added to all logits of one query, hence a constant added to all keys of one image:

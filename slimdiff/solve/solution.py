@@ -13,9 +13,9 @@ class Factors:
     """A group at one width r.
 
     `into` holds one map per incoming projection that acts on the rows of its weight and bias: (h, r, d_h) per head for
-    attention, or the kept hidden units (r,) as int64 for a feed-forward layer. `out` is the outgoing weight, (C, h r) or
-    (C, r), and `bias` what has to be added to the outgoing bias, (C,); both are None for query-key groups, which have
-    nothing outgoing.
+    attention, or the kept hidden units (r,) as int64 for a feed-forward layer. `out` is the outgoing weight, (C, h r)
+    or (C, r), and `bias` what has to be added to the outgoing bias, (C,); both are None for query-key groups, which
+    have nothing outgoing.
     """
 
     into: tuple[Tensor, ...]
@@ -26,7 +26,8 @@ class Factors:
 class Solution(Protocol):
     """A group's nested solution: best direction first, so that one solve serves every width."""
 
-    error: Tensor
-    """Relative squared error at every width 0..d, (d + 1,): 1 at width 0 (0 for a dead layer), 0 at full width."""
+    @property
+    def error(self) -> Tensor:
+        """Relative squared error at every width 0..d, (d + 1,): 1 at width 0 (0 for a dead layer), 0 at full width."""
 
     def at(self, r: int) -> Factors: ...
