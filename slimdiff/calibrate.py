@@ -136,8 +136,8 @@ def _resumed(partial: Path, wanted: Statistics, device: torch.device) -> Statist
     else:
         return found.read(device)
     raise StatisticsError(
-        f"{partial} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to start "
-        "afresh, or -o for another file."
+        f"{partial} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to "
+        "start afresh, or -o for another file."
     )
 
 

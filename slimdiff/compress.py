@@ -113,7 +113,7 @@ def solve(unet: UNet2DConditionModel, group: Group, statistics: StatisticsFile) 
     assert where.out is not None
     weight, bias = where.out
     seen = moments("z" if group.kind == "vo" else "u")
-    flat = Moments(seen.second[0], seen.mean[0], seen.count)
+    flat = Moments(seen.covariance[0], seen.mean[0], seen.count)
     if group.kind == "vo":
         return solve_vo(flat, state[weight], group.heads, has_bias=bias is not None)
     return solve_ffn(flat, state[weight], has_bias=bias is not None)

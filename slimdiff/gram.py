@@ -1,4 +1,4 @@
-"""The accumulator of calibration: sums over tokens, exact under any batching, order and merging but for rounding."""
+"""The accumulator of calibration: sums over tokens, the same under any batching, order and merging but for rounding."""
 
 from __future__ import annotations
 
@@ -10,41 +10,51 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """What the sums say: second moment `E[x xᵀ]`, (..., d, d), mean `E[x]`, (..., d), and the number of tokens."""
+    """What the sums say of h heads: covariance, (h, d, d), mean, (h, d), both float64, and the number of tokens."""
 
-    second: Tensor
+    covariance: Tensor
     mean: Tensor
     count: int
 
     @property
-    def covariance(self) -> Tensor:
-        return self.second - self.mean[..., :, None] * self.mean[..., None, :]
+    def second(self) -> Tensor:
+        """E[x xᵀ], (h, d, d)."""
+        return self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
 
 
 class Gram:
-    """Running sums `XᵀX`, (h, d, d), `Σx`, (h, d), and the token count, per head, in fp32 on one device."""
+    """Centred products `Σ (x - m)(x - m)ᵀ`, (h, d, d), mean m, (h, d), and token count n, of each head.
+
+    Kept centred, because a mean that is large beside the spread would drown it in rounding; batches are joined by the
+    update of Chan, Golub & LeVeque (1983). A batch's own products are float32 (float16 products overflow), what they
+    are added to is float64.
+    """
 
     def __init__(self, width: int, heads: int = 1, device: torch.device | str = "cpu") -> None:
-        self.products = torch.zeros(heads, width, width, device=device)
-        self.sums = torch.zeros(heads, width, device=device)
+        self.products = torch.zeros(heads, width, width, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(heads, width, dtype=torch.float64, device=device)
         self.count = 0
 
     def add(self, x: Tensor) -> None:
-        """Add tokens `x`, (..., h * d); any floating dtype, summed in fp32 because fp16 products overflow."""
-        heads, width = self.sums.shape
+        """Add tokens `x`, (..., h * d), of any floating dtype."""
+        heads, width = self.mean.shape
         rows = x.reshape(-1, heads, width).transpose(0, 1).float()
-        self.products.baddbmm_(rows.mT, rows)
-        self.sums += rows.sum(1)
-        self.count += rows.shape[1]
+        mean = rows.mean(1, keepdim=True)
+        rows = rows - mean
+        self._join(rows.mT @ rows, mean[:, 0], rows.shape[1])
 
     def merge(self, other: Gram) -> None:
-        self.products += other.products
-        self.sums += other.sums
-        self.count += other.count
+        self._join(other.products, other.mean, other.count)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"products": self.products, "sums": self.sums}
+    def _join(self, products: Tensor, mean: Tensor, count: int) -> None:
+        if count == 0:
+            return
+        share = count / (self.count + count)
+        shift = mean.double() - self.mean
+        self.products += products
+        self.products.baddbmm_(shift[:, :, None], shift[:, None, :], alpha=self.count * share)
+        self.mean += share * shift
+        self.count += count
 
     def moments(self) -> Moments:
-        n = max(self.count, 1)
-        return Moments(self.products / n, self.sums / n, self.count)
+        return Moments(self.products / max(self.count, 1), self.mean, self.count)

@@ -18,11 +18,13 @@ from torch import Tensor
 from slimdiff.errors import StatisticsError
 
 RIDGE = 1e-6
-"""Noise per feature relative to the mean energy: above the rounding of fp32 sums, below anything a picture shows."""
+"""Noise per feature relative to the mean energy: above the rounding of float32 sums, below what a picture shows."""
 
 
 def regularised(moment: Tensor) -> Tensor:
     """`moment`, (..., d, d), in float64 with the ridge added; a moment of nothing but zeros becomes the identity.
+
+    Where rounding has left it indefinite all the same, the ridge grows tenfold until it is positive definite.
 
     Raises StatisticsError if an entry is NaN or infinite.
     """
@@ -35,7 +37,13 @@ def regularised(moment: Tensor) -> Tensor:
     moment = (moment + moment.mT) / 2
     energy = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.where(energy > 0, moment + RIDGE * energy * identity, identity)
+    ridge = torch.full_like(energy, RIDGE)
+    while True:
+        result = torch.where(energy > 0, moment + ridge * energy * identity, identity)
+        bad = torch.linalg.cholesky_ex(result).info > 0
+        if not bad.any():
+            return result
+        ridge = torch.where(bad[..., None, None], 10 * ridge, ridge)
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:

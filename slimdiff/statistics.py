@@ -1,7 +1,7 @@
 """The statistics file: what calibration hands to compression. One safetensors file, each tensor with its checksum.
 
-Tensors: `<group>:<statistic>.products` (packed lower triangles of XᵀX per head), `<group>:<statistic>.sums`, and
-`states.*` (see `states.py`). The metadata's `slimdiff` entry is one JSON object: format version, model reference and
+Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`, and
+`states.*` (see `states.py`). Products are float32, in an unfinished file float64. The metadata's `slimdiff` entry is one JSON object: format version, model reference and
 fingerprint, recipe, number of prompts done, token counts, library versions, checksums.
 """
 
@@ -44,8 +44,9 @@ class Statistics:
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all. Raises OutputError if it cannot be written."""
-        tensors = {f"{key}.products": pack(gram.products).cpu() for key, gram in self.grams.items()}
-        tensors |= {f"{key}.sums": gram.sums.cpu() for key, gram in self.grams.items()}
+        dtype = torch.float32 if self.done == len(self.recipe.prompts) else torch.float64
+        tensors = {f"{key}.products": pack(gram.products).to("cpu", dtype) for key, gram in self.grams.items()}
+        tensors |= {f"{key}.mean": gram.mean.cpu() for key, gram in self.grams.items()}
         tensors |= {f"states.{name}": tensor.contiguous() for name, tensor in self.states.tensors().items()}
         metadata = {
             "format": FORMAT,
@@ -143,10 +144,10 @@ class StatisticsFile:
         """The accumulator of one statistic. Raises StatisticsError if it is missing or has seen no token."""
         if not self.metadata["tokens"].get(key):
             raise StatisticsError(f"{self.path} holds no tokens for {key}: it was made for other groups, or is empty.")
-        sums = self.tensor(f"{key}.sums")
-        gram = Gram(sums.shape[1], sums.shape[0], device)
-        gram.products = unpack(self.tensor(f"{key}.products"), sums.shape[1]).to(device)
-        gram.sums = sums.to(device)
+        mean = self.tensor(f"{key}.mean")
+        gram = Gram(mean.shape[1], mean.shape[0], device)
+        gram.products = unpack(self.tensor(f"{key}.products").to(device).double(), mean.shape[1])
+        gram.mean = mean.to(device)
         gram.count = self.metadata["tokens"][key]
         return gram
 

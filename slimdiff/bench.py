@@ -1,0 +1,193 @@
+"""`slimdiff bench`: dense against slim in one process, at equal seeds, in turns."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from slimdiff import __version__
+from slimdiff.errors import SlimdiffError
+from slimdiff.fidelity import compare
+from slimdiff.macs import count
+from slimdiff.measured import Settings, Size, Timing
+from slimdiff.pipeline import encode, sample
+from slimdiff.plan import Plan
+from slimdiff.results import Report
+from slimdiff.timing import paired, peak_growth
+
+__all__ = ["Report", "Settings", "bench"]
+
+WHOLE_PICTURES = 5
+"""Most pairs of whole pictures that are timed: each is as long as many UNet calls, and varies less."""
+
+MEMORY_STEPS = 4
+"""Most steps of the picture whose memory is measured: multistep schedulers keep up to four predictions."""
+
+
+def bench(
+    dense: DiffusionPipeline, slim: DiffusionPipeline, plan: Plan, settings: Settings, *, sizes: tuple[int, int]
+) -> Report:
+    """Compare two pipelines on the same device; `sizes` are the bytes of their checkpoints, dense first.
+
+    Raises SlimdiffError if they differ in device, precision or scheduler, which would compare something else.
+    """
+    _check(dense, slim)
+    with _quiet(dense), _quiet(slim):
+        fidelity, pictures = compare(dense, slim, settings)
+        speed = [_unet_timing(dense, slim, settings, prompts) for prompts in settings.batch_sizes]
+        speed.append(_picture_timing(dense, slim, settings))
+        size = _size(dense, slim, settings, sizes)
+    return Report(settings, plan, size, tuple(speed), fidelity, tuple(pictures), _provenance(dense))
+
+
+def _check(dense: DiffusionPipeline, slim: DiffusionPipeline) -> None:
+    def described(pipe: DiffusionPipeline) -> dict[str, Any]:
+        options = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+        return {
+            "device": str(pipe.unet.device),
+            "precision": str(pipe.unet.dtype).removeprefix("torch."),
+            "scheduler": f"{type(pipe.scheduler).__name__} {options}",
+        }
+
+    ours, theirs = described(dense), described(slim)
+    for what, value in ours.items():
+        if value != theirs[what]:
+            raise SlimdiffError(
+                f"The dense and the slim pipeline differ in {what} ({value} against {theirs[what]}), so their times "
+                f"and pictures cannot be compared. Load both with the same {what}."
+            )
+
+
+@contextmanager
+def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+    before = dict(getattr(pipe, "_progress_bar_config", None) or {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _unet_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, prompts: int) -> Timing:
+    inputs = _unet_inputs(dense, settings, prompts)
+    rows = prompts * settings.rows_per_prompt
+    what = f"UNet, {prompts} {'prompt' if prompts == 1 else 'prompts'} ({rows} {'row' if rows == 1 else 'rows'})"
+
+    def call(unet: nn.Module) -> None:
+        with torch.no_grad():
+            unet(*inputs[0], **inputs[1])
+
+    device = dense.unet.device
+    return paired(what, lambda: call(dense.unet), lambda: call(slim.unet), pairs=settings.repeats, device=device)
+
+
+class _Stop(Exception):
+    """Ends a pipeline's run once its first UNet call has been seen."""
+
+
+def _unet_inputs(pipe: DiffusionPipeline, settings: Settings, prompts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the UNet's first call for a batch of prompts, from a real run, so that they fit any model."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        _run(pipe, settings, prompts, settings.steps, "latent")
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _run(pipe: DiffusionPipeline, settings: Settings, prompts: int, steps: int, output: str) -> None:
+    """Prompts to pictures, from the start of the list and round again where it is too short."""
+    texts = (list(islice(cycle(of), prompts)) for of in (settings.prompts, settings.negatives))
+    sample(
+        pipe, encode(pipe, *texts), [settings.seed + i for i in range(prompts)], steps=steps,
+        guidance_scale=settings.guidance_scale, height=settings.height, width=settings.width, output=output,
+    )  # fmt: skip
+
+
+def _picture_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> Timing:
+    def call(pipe: DiffusionPipeline) -> None:
+        _run(pipe, settings, 1, settings.steps, "np")
+
+    what = f"1 picture, {settings.steps} {'step' if settings.steps == 1 else 'steps'}"
+    pairs = min(settings.repeats, WHOLE_PICTURES)
+    return paired(what, lambda: call(dense), lambda: call(slim), pairs=pairs, device=dense.unet.device)
+
+
+def _size(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, sizes: tuple[int, int]) -> Size:
+    latent = settings.height // dense.vae_scale_factor, settings.width // dense.vae_scale_factor
+    steps = min(MEMORY_STEPS, settings.steps)
+
+    def memory(pipe: DiffusionPipeline) -> int | None:
+        modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        growth = peak_growth(lambda: _run(pipe, settings, 1, steps, "np"), pipe.unet.device)
+        return None if growth is None else growth + _bytes(*modules)
+
+    def both(measure: Any) -> tuple[Any, Any]:
+        return measure(dense), measure(slim)
+
+    peaks = both(memory)
+    return Size(
+        parameters=both(lambda pipe: sum(p.numel() for p in pipe.unet.parameters())),
+        macs=both(lambda pipe: count(pipe.unet, latent, pipe.tokenizer.model_max_length)),
+        weights=both(lambda pipe: _bytes(pipe.unet)),
+        checkpoint=sizes,
+        memory=None if None in peaks else peaks,
+    )
+
+
+def _bytes(*modules: nn.Module) -> int:
+    """Of all parameters and buffers, each storage once."""
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def _provenance(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """How the figures were made. Names the kind of machine, not the machine."""
+    device = pipe.unet.device
+    packages = ("torch", "diffusers", "transformers", "numpy")
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "precision": str(pipe.unet.dtype).removeprefix("torch."),
+        "scheduler": type(pipe.scheduler).__name__,
+        "pipeline": type(pipe).__name__,
+        "versions": {
+            "slimdiff": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+            **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
+        },
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())

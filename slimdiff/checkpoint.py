@@ -1,0 +1,267 @@
+"""The slim checkpoint: a diffusers pipeline folder that loads without slimdiff, and the plan it was made by."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from safetensors import SafetensorError
+
+from slimdiff.errors import ModelError, OutputError
+from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
+
+PLAN = Path("slimdiff", "plan.json")
+
+# Weights by name: model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, and with a variant
+# model.fp16-00001-of-00002.safetensors or the older model-00001-of-00002.fp16.safetensors; their index likewise.
+_WEIGHTS = re.compile(
+    r"(?P<stem>\w+?)(?P<shard>-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?(?P<variant_shard>-\d+-of-\d+)?\.safetensors"
+)
+_INDEX = re.compile(r"(?P<stem>\w+)\.safetensors(\.(?P<old_variant>[^.]+))?\.index(\.(?P<variant>[^.]+))?\.json")
+_OTHER_WEIGHTS = re.compile(r".*\.(bin|ckpt|pt|pth|pkl|pickle|msgpack|h5|onnx|onnx_data|pb|xml)(\..*)?")
+
+_README = """---
+library_name: diffusers
+tags: [slimdiff]
+---
+A text-to-image model compressed with slimdiff: {groups} attention and feed-forward groups of its UNet are narrower
+than in the original. `slimdiff/plan.json` holds every decision. The licence of the original model applies.
+
+Without slimdiff (diffusers runs `unet/{module}.py` from this folder):
+
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+
+With slimdiff, which runs no code from here:
+
+    import slimdiff
+    pipe = slimdiff.load("path/to/this/folder")
+
+LoRAs trained on the original do not fit cut layers: merge them into the original before compressing it.
+"""
+
+
+def check_output(output: Path, force: bool = False) -> Path:
+    """The folder that a checkpoint for `output` goes to, symbolic links followed.
+
+    Raises OutputError if something is there, unless `force` is set and it is a slim checkpoint.
+    """
+    folder = Path(output).resolve()
+    if not folder.exists():
+        return folder
+    if not force:
+        raise OutputError(f"{output} exists. Choose another folder, or pass --force to replace it.")
+    if not (folder / PLAN).is_file():
+        raise OutputError(
+            f"{output} exists and is not a slim checkpoint (it has no {PLAN.as_posix()}), so --force does not replace "
+            "it. Choose another folder, or remove this one yourself."
+        )
+    return folder
+
+
+def write(
+    output: Path,
+    unet: SlimUNet2DConditionModel,
+    pipe: DiffusionPipeline,
+    plan_json: str,
+    source: Path | None,
+    variant: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write the complete pipeline folder: `unet`, the other components of the dense `pipe`, and the plan.
+
+    The other components are copied as files from `source`, the local folder that `pipe` was loaded from with
+    `variant`, and take plain file names; without `source` they are saved anew. Only safetensors weights are written.
+    The folder appears under its name when it is complete, and only then replaces an older one.
+
+    Raises OutputError if `output` may not be replaced (see `check_output`) or cannot be written, ModelError if `source`
+    lacks a component or safetensors weights for it.
+    """
+    folder = check_output(output, force)
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write_components(partial, pipe, source, variant)
+        unet.save_pretrained(partial / "unet")
+        _write_json(partial / "unet" / "config.json", _read_json(partial / "unet" / "config.json"))
+        (partial / PLAN).parent.mkdir()
+        (partial / PLAN).write_text(plan_json, encoding="utf-8")
+        readme = _README.format(groups=len(unet.config["slim_ranks"]), module=MODULE)
+        (partial / "README.md").write_text(readme, encoding="utf-8")
+        for weights in partial.rglob("*.safetensors"):
+            shutil.copymode(partial / "README.md", weights)  # safetensors lets nobody but the owner read its files
+        _move(partial, folder, force)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{output} cannot be written: {error}. Nothing was changed there.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(path: str | Path, torch_dtype: Any = None, **kwargs: Any) -> DiffusionPipeline:
+    """Load a slim checkpoint with slimdiff's own UNet class; no code from the checkpoint is run.
+
+    `torch_dtype` and `kwargs` are those of `DiffusionPipeline.from_pretrained`. Raises ModelError if `path` is not a
+    slim checkpoint, is of a newer format, or its UNet is damaged.
+    """
+    folder = Path(path)
+    _check_slim(folder)
+    dtype = torch_dtype.get("unet", torch_dtype.get("default")) if isinstance(torch_dtype, dict) else torch_dtype
+    try:
+        unet = SlimUNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The UNet in {folder} cannot be loaded: {error}") from error
+    kwargs = {"use_safetensors": True} | ({} if torch_dtype is None else {"torch_dtype": torch_dtype}) | kwargs
+    with warnings.catch_warnings():
+        # The new name, `dtype`, would be ignored by the older versions of diffusers that are supported too.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
+        return DiffusionPipeline.from_pretrained(folder, unet=unet, **kwargs)
+
+
+def is_slim(path: str | Path) -> bool:
+    """Whether `path` is the folder of a slim checkpoint, of whatever format."""
+    try:
+        return "slim_ranks" in _read_json(Path(path, "unet", "config.json"))
+    except (OSError, ValueError):
+        return False
+
+
+def read_plan(path: str | Path) -> str:
+    """The JSON text of the plan a slim checkpoint was made by. Raises ModelError if there is none."""
+    _check_slim(Path(path))
+    try:
+        return (Path(path) / PLAN).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path} is a slim checkpoint, but its plan cannot be read ({error}). A pipeline saved again by diffusers "
+            f"leaves {PLAN.as_posix()} behind: copy it over from the original checkpoint."
+        ) from error
+
+
+def size_in_bytes(path: str | Path) -> int:
+    """Size of the UNet's weight files. Raises ModelError if `path` has none."""
+    files = list(Path(path, "unet").glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path} has no UNet weights: unet/*.safetensors is missing.")
+    return sum(file.stat().st_size for file in files)
+
+
+def _check_slim(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder. Give the folder of a slim checkpoint; one on the Hugging Face Hub loads with "
+            "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
+        )
+    try:
+        _read_json(folder / "model_index.json")
+        config = _read_json(folder / "unet" / "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is not a complete pipeline folder: {error}") from error
+    if "slim_ranks" not in config:
+        raise ModelError(
+            f"{folder} is not a slim checkpoint: its UNet is a {config.get('_class_name')}. Load it with "
+            "DiffusionPipeline.from_pretrained, or compress it first."
+        )
+    if config.get("slim_format", FORMAT) > FORMAT:
+        raise ModelError(
+            f"{folder} has slim format {config['slim_format']}, and this version of slimdiff reads formats up to "
+            f"{FORMAT}. Upgrade slimdiff."
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return content
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    """Without the local path that diffusers notes as `_name_or_path`: checkpoints get published."""
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_components(folder: Path, pipe: DiffusionPipeline, source: Path | None, variant: str | None) -> None:
+    index = json.loads(pipe.to_json_string())
+    components = {name: part for name, part in pipe.components.items() if name != "unet" and part is not None}
+    if source is None:
+        for name, component in components.items():
+            component.save_pretrained(folder / name)
+    else:
+        dense = _source_index(source, components)
+        for name, component in components.items():
+            index[name] = dense[name]
+            _copy(source / name, folder / name, variant, has_weights=isinstance(component, torch.nn.Module))
+        for licence in source.glob("LICEN[CS]E*"):
+            shutil.copyfile(licence, folder / licence.name)
+    index["unet"] = [MODULE, SlimUNet2DConditionModel.__name__]
+    _write_json(folder / "model_index.json", index)
+
+
+def _source_index(source: Path, components: Iterable[str]) -> dict[str, Any]:
+    try:
+        index = _read_json(source / "model_index.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source} is not a complete pipeline folder: {error}") from error
+    if missing := [name for name in components if name not in index or not (source / name).is_dir()]:
+        raise ModelError(
+            f"{source} lacks {', '.join(missing)}, which the pipeline has. Save the pipeline with save_pretrained and "
+            "compress that folder."
+        )
+    return index
+
+
+def _copy(source: Path, target: Path, variant: str | None, has_weights: bool) -> None:
+    """Copy a component's files: of its weights those of `variant`, or the plain ones where it has no such variant."""
+    files = [file for file in source.iterdir() if file.is_file() and not file.name.startswith(".")]
+    weights = {file: found for file in files if (found := _WEIGHTS.fullmatch(file.name))}
+    indices = {file: found for file in files if (found := _INDEX.fullmatch(file.name))}
+    if variant not in {found["variant"] for found in weights.values()}:
+        variant = None
+    weights = {file: found for file, found in weights.items() if found["variant"] == variant}
+    if has_weights and not weights:
+        there = ", ".join(sorted(file.name for file in files)) or "nothing"
+        raise ModelError(
+            f"{source} has no safetensors weights (found: {there}). Slim checkpoints hold no pickles: load the model "
+            "with diffusers, save it with save_pretrained, and compress that folder; or name the variant in use."
+        )
+    target.mkdir()
+    for file in files:
+        if file in weights:
+            shutil.copyfile(file, target / _plain(file.name))
+        elif found := indices.get(file):
+            if (found["variant"] or found["old_variant"]) == variant:
+                content = _read_json(file)
+                content["weight_map"] = {key: _plain(name) for key, name in content["weight_map"].items()}
+                _write_json(target / f"{found['stem']}.safetensors.index.json", content)
+        elif file.suffix != ".safetensors" and not _OTHER_WEIGHTS.fullmatch(file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def _plain(weights: str) -> str:
+    """The file name without its variant."""
+    found = _WEIGHTS.fullmatch(weights)
+    return weights if found is None else f"{found['stem']}{found['shard'] or found['variant_shard'] or ''}.safetensors"
+
+
+def _move(partial: Path, folder: Path, force: bool) -> None:
+    if not (force and folder.exists()):
+        partial.rename(folder)
+        return
+    old = partial.with_suffix(".old")
+    try:
+        folder.rename(old)
+        partial.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,197 @@
+"""The report of a benchmark: its headline, its tables for people, its JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slimdiff import wording
+from slimdiff.measured import QUANTILES, Fidelity, Picture, Settings, Size, Spread, Timing, psnr_of, quantile
+from slimdiff.plan import Plan
+from slimdiff.wording import Row, change, columns, decibels, factor, percent, seconds, similarity
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `slimdiff bench` found. The last of `speed` is a whole picture, the others are UNet calls."""
+
+    settings: Settings
+    plan: Plan
+    size: Size
+    speed: tuple[Timing, ...]
+    fidelity: Fidelity
+    pictures: tuple[Picture, ...]
+    provenance: dict[str, Any]
+
+    def headline(self) -> list[tuple[str, str]]:
+        """One sentence in pieces: text, and what it is about ("slim", "drift" or nothing)."""
+        before, after = self.size.parameters
+        share = 1 - after / before
+        picture, drift = self.speed[-1], self.fidelity.drift
+        times = f"{seconds(picture.slim.median)} instead of {seconds(picture.dense.median)}"
+        speed = f"{factor(picture.speedup.median)} as fast" if picture.is_clear else "no clear difference"
+        typical, worst = quantile(drift, 0.5), quantile(drift, 1)
+        return [
+            ("The UNet has ", ""),
+            (f"{share:.1%} fewer parameters" if after < before else "as many parameters as before", "slim"),
+            (f"; a picture takes {times} (", ""),
+            (speed, "slim"),
+            ("), and its latents ", ""),
+            *(
+                [("do not drift", "drift"), (" at all.", "")]
+                if worst == 0
+                else [(f"drift by {percent(typical)}", "drift"), (" typically and ", ""), (percent(worst), "drift"),
+                      (" at worst.", "")]
+            ),
+        ]  # fmt: skip
+
+    def predicted_drift(self) -> float | None:
+        """The plan's own, None if it only knows the errors of single layers."""
+        is_local = self.plan.provenance.get("options", {}).get("influence") == "local"
+        return None if is_local else self.plan.predicted_error
+
+    def size_rows(self) -> list[Row]:
+        size = self.size
+        dense, slim = size.macs
+        rows = [
+            ("UNet parameters", size.parameters, wording.count),
+            ("UNet MACs per row", (dense.total, slim.total), wording.count),
+            ("  without attention core", (dense.without_core, slim.without_core), wording.count),
+            ("UNet weights on disk", size.checkpoint, wording.size),
+            ("UNet weights in memory", size.weights, wording.size),
+            *([("Peak memory, 1 picture", size.memory, wording.size)] if size.memory else []),
+        ]
+        return [
+            ("Size", "dense", "slim", "change"),
+            *((name, show(a), show(b), change(a, b)) for name, (a, b), show in rows),
+        ]
+
+    def speed_rows(self) -> list[Row]:
+        """Speed-up and drift stand in columns next to each other."""
+
+        def time(spread: Spread) -> str:
+            return seconds(spread.median, spread.q1, spread.q3)
+
+        drift = percent(quantile(self.fidelity.drift, 0.5)), percent(quantile(self.fidelity.drift, 1))
+        return [
+            ("Speed", "speed-up (quartiles)", "drift (worst)", "ideal", "dense", "slim"),
+            *(
+                (
+                    timing.what,
+                    f"{factor(timing.speedup.median)} ({timing.speedup.q1:.2f} - {timing.speedup.q3:.2f})",
+                    f"{drift[0]} ({drift[1]})",
+                    factor(self.size.ideal_speedup),
+                    time(timing.dense),
+                    time(timing.slim),
+                )
+                for timing in self.speed
+            ),
+        ]
+
+    def fidelity_rows(self) -> list[Row]:
+        found = self.fidelity
+        last = len(found.noise) - 1
+        calls = dict.fromkeys((0, last // 2, last))  # in order, each once
+        return [
+            ("Fidelity", "typical", "9 in 10", "worst"),
+            ("Drift of final latents", *(percent(quantile(found.drift, q)) for q in QUANTILES)),
+            ("PSNR", *(decibels(found.psnr(q)) for q in QUANTILES)),
+            ("SSIM", *(similarity(quantile(found.ssim, 1 - q)) for q in QUANTILES)),
+            *(
+                (f"Noise error, t = {found.timesteps[j]:.0f}", *(percent(quantile(values, q)) for q in QUANTILES))
+                for j in calls
+                for values in [found.noise[j]]
+            ),
+        ]
+
+    def attribute_rows(self) -> list[Row]:
+        """Empty if the pictures could not be scored."""
+        if self.fidelity.attributes is None:
+            return []
+        dense, slim = self.fidelity.attributes
+        rows = [(name, a, slim[name]) for name, a in dense.items()]
+        return [
+            ("Asked for and shown", "dense", "slim", "points"),
+            *((name, f"{a:.1%}", f"{b:.1%}", f"{100 * (b - a):+.1f}") for name, a, b in rows),
+        ]
+
+    def picture_rows(self) -> list[Row]:
+        shown = [
+            (p.label, percent(p.drift), decibels(p.psnr), similarity(p.ssim), str(p.seed), p.prompt)
+            for p in self.pictures
+        ]
+        return [("Pictures", "drift", "PSNR", "SSIM", "seed", "prompt"), *shown]
+
+    def notes(self) -> list[str]:
+        """What the numbers mean, in whole sentences."""
+        s, foreseen = self.settings, self.predicted_drift()
+        predicted = "" if foreseen is None else f" The plan predicted a drift of {percent(foreseen)}."
+        notes = [
+            f"Drift is the squared difference of the final latents relative to the dense ones, over {len(s.prompts)} "
+            f"prompts at equal seeds ({s.steps} steps, guidance {s.guidance_scale:g}): 0% is the same picture, "
+            "unrelated latents reach about 200%. Typical is the median prompt; 9 in 10 are at least as good as the "
+            f"figure under 9 in 10.{predicted}",
+            f"Times are medians of {self.speed[0].pairs} interleaved pairs ({self.speed[-1].pairs} of whole pictures), "
+            "in brackets their quartiles; the speed-up is taken pair by pair. Rows are the UNet's batch"
+            f"{', doubled by guidance' if s.rows_per_prompt == 2 else ''}. Ideal is the ratio of the UNet's MACs.",
+        ]
+        if self.size.memory is not None:
+            on_cuda = self.provenance.get("device_type") == "cuda"
+            counted = "as torch's allocator counts it" if on_cuda else "counting the tensors alive after each operator"
+            notes.append(f"Peak memory is a pipeline's own weights plus what one picture adds to them, {counted}.")
+        return notes
+
+    def table(self) -> str:
+        """Everything for the terminal. No speed-up stands without its drift."""
+        pictures = self.picture_rows()
+        width = max(len(row[-1]) for row in pictures)
+        pictures = [(*row[:-1], row[-1].ljust(width)) for row in pictures]  # prompts to the left, unlike figures
+        sections = [self.size_rows(), self.speed_rows(), self.fidelity_rows(), self.attribute_rows(), pictures]
+        sentence = "".join(text for text, _ in self.headline())
+        return "\n\n".join([sentence, *(columns(rows) for rows in sections if len(rows) > 1), "\n".join(self.notes())])
+
+    def to_json(self) -> dict[str, Any]:
+        """Valid JSON: what is infinite or undefined is null (the PSNR of identical pictures)."""
+        levels = dict(zip(("typical", "p90", "worst"), QUANTILES, strict=True))
+        drift = {name: quantile(self.fidelity.drift, q) for name, q in levels.items()}
+        beside = {"drift": drift, "ideal_speedup": self.size.ideal_speedup}
+        s, found, last = self.settings, self.fidelity, self.speed[-1]
+        each = zip(s.prompts, s.negatives, found.drift, found.mse, found.ssim, strict=True)
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "headline": "".join(text for text, _ in self.headline()),
+            "picture": {"speedup": asdict(last.speedup), **beside, "predicted_drift": self.predicted_drift()},
+            "settings": asdict(s),
+            "size": asdict(self.size),
+            "speed": [{"what": t.what, "speedup": asdict(t.speedup), **beside, **asdict(t)} for t in self.speed],
+            "fidelity": {
+                "drift": drift,
+                "psnr_db": {name: found.psnr(q) for name, q in levels.items()},
+                "ssim": {name: quantile(found.ssim, 1 - q) for name, q in levels.items()},
+                "attributes": dict(zip(("dense", "slim"), found.attributes, strict=True)) if found.attributes else None,
+                "noise_by_step": [
+                    {"timestep": t, "median": quantile(e, 0.5), "p90": quantile(e, 0.9)}
+                    for t, e in zip(found.timesteps, found.noise, strict=True)
+                ],
+                "prompts": [
+                    {"prompt": p, "negative": n, "seed": s.seed + i, "drift": d, "psnr_db": psnr_of(m), "ssim": o}
+                    for i, (p, n, d, m, o) in enumerate(each)
+                ],
+            },
+            "plan": json.loads(self.plan.to_json()),
+            "provenance": self.provenance,
+        }
+        clean: dict[str, Any] = _finite(data)
+        return clean
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,118 @@
+"""Calibration: its sums do not depend on how the work was cut up, and nothing is lost on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_unet
+
+from slimdiff.calibrate import Interrupted, calibrate
+from slimdiff.errors import OutputError, StatisticsError
+from slimdiff.groups import find_groups
+from slimdiff.recipe import Recipe
+from slimdiff.source import Source
+from slimdiff.statistics import StatisticsFile
+
+WORDS = ("a red cat", "two dogs", "sky", "old map", "the sea at night")
+RECIPE = Recipe("sd1", WORDS, ("", "blurry", "", "ugly", ""), 3, 4.0, 16, 16, seed=5)
+SOURCE = Source("tiny", "tiny", None)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path):
+    return tiny_pipeline(tmp_path / "tokenizer")
+
+
+def sums(path: Path) -> dict[str, torch.Tensor]:
+    file = StatisticsFile(path)
+    return {name: file.tensor(name) for name in file.metadata["checksums"]}
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, one in a.items():
+        scale = one.abs().max().clamp_min(1.0)  # sums of centred keys are zero but for rounding
+        assert ((one - b[name]).abs().max() / scale) <= tolerance, name
+
+
+def test_batch_size_changes_nothing_but_rounding(pipe, tmp_path):
+    calibrate(pipe, SOURCE, RECIPE, tmp_path / "one", batch_size=1)
+    calibrate(pipe, SOURCE, RECIPE, tmp_path / "all", batch_size=5)
+    one, all_ = StatisticsFile(tmp_path / "one"), StatisticsFile(tmp_path / "all")
+    assert one.metadata["tokens"] == all_.metadata["tokens"]
+    keys = [name for name in sums(tmp_path / "one") if not name.startswith("states.")]
+    assert_close(*({k: sums(tmp_path / n)[k] for k in keys} for n in ("one", "all")), tolerance=1e-4)
+
+
+def test_all_timesteps_and_both_halves_of_guidance_are_counted(pipe, tmp_path):
+    calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+    tokens = StatisticsFile(tmp_path / "s").metadata["tokens"]
+    first = find_groups(pipe.unet)[0]
+    # 5 prompts x 2 halves x 3 steps x 64 positions of the first, 8 x 8, level
+    assert tokens[f"{first.name}:q"] == 5 * 2 * 3 * 64
+
+
+def test_other_seeds_and_prompts_give_other_sums(pipe, tmp_path):
+    calibrate(pipe, SOURCE, RECIPE, tmp_path / "a", batch_size=5)
+    calibrate(pipe, SOURCE, replace(RECIPE, seed=6), tmp_path / "b", batch_size=5)
+    a, b = sums(tmp_path / "a"), sums(tmp_path / "b")
+    assert any(not torch.allclose(a[k], b[k], rtol=1e-3) for k in a if k.endswith("products"))
+
+
+def interrupt_after(pipe, calls: int) -> None:
+    """Send the process a real SIGINT during the given UNet call."""
+    count = 0
+
+    def hook(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pipe.unet.register_forward_hook(hook)
+
+
+def test_ctrl_c_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    calibrate(pipe, SOURCE, RECIPE, whole, batch_size=2)
+    interrupt_after(pipe, 2)
+    with pytest.raises(Interrupted, match=r"2 of 5 prompts"):
+        calibrate(pipe, SOURCE, RECIPE, stopped, batch_size=2)
+    assert not stopped.exists()
+    result = calibrate(pipe, SOURCE, RECIPE, stopped, batch_size=2)
+    assert result.resumed_at == 2
+    assert_close(sums(whole), sums(stopped), tolerance=0.0)
+    assert not stopped.with_name("stopped.partial").exists()
+
+
+def test_partial_of_another_job_is_not_resumed(pipe, tmp_path):
+    interrupt_after(pipe, 1)
+    with pytest.raises(Interrupted):
+        calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+    with pytest.raises(StatisticsError, match="another recipe"):
+        calibrate(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=2)
+    other = tiny_pipeline(tmp_path / "tokenizer", tiny_unet(seed=3))
+    with pytest.raises(StatisticsError, match="another model"):
+        calibrate(other, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+    assert calibrate(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=5, resume=False).prompts == 5
+
+
+def test_finished_file_is_kept(pipe, tmp_path):
+    calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
+    before = (tmp_path / "s").stat().st_mtime_ns
+    assert calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5).was_there
+    with pytest.raises(OutputError, match="--force"):
+        calibrate(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=5)
+    assert (tmp_path / "s").stat().st_mtime_ns == before
+
+
+def test_not_finite_activations_are_refused_and_leave_no_file(pipe, tmp_path):
+    pipe.unet.register_forward_hook(lambda module, args, output: (output[0] * float("nan"),))
+    with pytest.raises(StatisticsError, match="NaN"):
+        calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,188 @@
+"""Compression end to end on a tiny pipeline: identity, budgets, exactness, and better than what is simpler."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_unet
+
+from slimdiff import compress as module
+from slimdiff.calibrate import calibrate
+from slimdiff.compress import Options, compress, make_plan, width_step
+from slimdiff.errors import BudgetError, StatisticsError
+from slimdiff.groups import find_groups
+from slimdiff.recipe import Recipe
+from slimdiff.source import Source
+from slimdiff.statistics import StatisticsFile
+from slimdiff.surgery import build
+
+WORDS = tuple(f"{size} {what}" for size in ("big", "tiny", "old") for what in ("cat", "red boat", "hill"))
+RECIPE = Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compress")
+    pipe = tiny_pipeline(folder / "tokenizer", tiny_unet(sample_size=8))
+    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
+    return pipe, StatisticsFile(folder / "s.safetensors")
+
+
+def noise(unet, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 8, 12, generator=generator)
+    with torch.no_grad():
+        return unet(sample, torch.tensor([10, 600]), text).sample
+
+
+def test_budget_zero_is_the_identity_bit_for_bit(calibrated):
+    pipe, statistics = calibrated
+    slim, plan = compress(pipe, statistics, Options(0.0))
+    assert plan.ranks() == {} and plan.achieved == 0
+    dense = pipe.unet.state_dict()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in slim.state_dict().items())
+    assert torch.equal(noise(slim), noise(pipe.unet))
+
+
+@pytest.mark.parametrize(
+    ("of", "independent", "kinds"),
+    [("groups", False, ("qk", "vo", "ffn")), ("groups", True, ("qk", "vo", "ffn")), ("macs", False, ("qk", "vo", "ffn")),
+     ("unet", False, ("qk", "vo", "ffn")), ("groups", False, ("ffn",)), ("groups", False, ("vo",))],
+)  # fmt: skip
+@pytest.mark.parametrize("budget", [0.1, 0.35, 0.5])
+def test_budget_is_met_and_overshoots_by_at_most_one_step(calibrated, budget, of, independent, kinds):
+    if of == "unet":
+        budget /= 3
+    pipe, statistics = calibrated
+    options = Options(budget, of=of, kinds=kinds, independent_ranks=independent, influence="local")
+    slim, plan = compress(pipe, statistics, options)
+    assert plan.achieved >= budget
+    groups = {g.name: g for g in find_groups(pipe.unet)}
+    params = sum(p.numel() for p in slim.parameters())
+    assert params == plan.unet_params[1]
+    removed = sum(p.numel() for p in pipe.unet.parameters()) - params
+    assert removed == sum(e.params[0] - e.params[1] for e in plan.entries)
+    if of == "groups":
+        total = sum(e.params[0] for e in plan.entries)
+        largest = max(2 * width_step(groups[e.group], None) * groups[e.group].params_per_width for e in plan.entries)
+        assert removed / total == pytest.approx(plan.achieved)
+        assert removed - budget * total < largest
+
+
+def test_tied_widths_are_equal_and_independent_ones_need_not_be(calibrated):
+    pipe, statistics = calibrated
+    for independent in (False, True):
+        plan, _ = make_plan(pipe, statistics, Options(0.4, independent_ranks=independent, influence="local"))
+        by_layer: dict[str, set[int]] = {}
+        for entry in plan.entries:
+            if entry.kind != "ffn":
+                by_layer.setdefault(entry.group.rpartition(".")[0], set()).add(entry.rank)
+        assert independent or all(len(ranks) == 1 for ranks in by_layer.values())
+
+
+def test_free_widths_predict_no_more_error_than_tied_ones(calibrated):
+    pipe, statistics = calibrated
+    tied, _ = make_plan(pipe, statistics, Options(0.4, influence="local"))
+    free, _ = make_plan(pipe, statistics, Options(0.4, influence="local", independent_ranks=True))
+    assert free.lower_bound <= tied.lower_bound
+
+
+def test_impossible_budget_shows_the_arithmetic(calibrated):
+    pipe, statistics = calibrated
+    with pytest.raises(BudgetError, match=r"60.0% of the UNet's .* parameters .* --budget 0\.\d+"):
+        compress(pipe, statistics, Options(0.6, of="unet"))
+    most = float(str(pytest.raises(BudgetError, compress, pipe, statistics, Options(0.95)).value).split()[-1][:-1])
+    _, plan = compress(pipe, statistics, Options(most, influence="local"))
+    assert plan.achieved >= most
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.0, 1.2, float("nan")])
+def test_budgets_that_are_no_share(budget):
+    with pytest.raises(BudgetError, match="below 1"):
+        Options(budget)
+
+
+def test_slim_outputs_come_near_and_nearer_with_more_width(calibrated):
+    pipe, statistics = calibrated
+    dense = noise(pipe.unet)
+    errors = []
+    for budget in (0.15, 0.4, 0.7):
+        slim, _ = compress(pipe, statistics, Options(budget, influence="local"))
+        errors.append(float((noise(slim) - dense).square().sum() / dense.square().sum()))
+    assert errors == sorted(errors) and errors[0] < 1e-3 < 0.5
+
+
+def test_slim_and_padded_weights_are_the_same_function(calibrated):
+    """A slim layer computes what the dense layer computes with the same factors in padded form."""
+    from slimdiff.surgery import truncated
+
+    pipe, statistics = calibrated
+    plan, solutions = make_plan(pipe, statistics, Options(0.5, influence="local"))
+    groups = [g for g in find_groups(pipe.unet) if g.name in plan.ranks()]
+    slim = noise(build(pipe.unet, plan.ranks(), solutions))
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        for group in groups:
+            stack.enter_context(truncated(pipe.unet, group, solutions[group.name].at(plan.ranks()[group.name])))
+        padded = noise(pipe.unet)
+    assert torch.allclose(slim, padded, atol=1e-5)
+
+
+def test_probing_is_cached_and_later_budgets_are_free(calibrated, monkeypatch):
+    pipe, statistics = calibrated
+    compress(pipe, statistics, Options(0.3, probe_prompts=2, probe_steps=2))
+    monkeypatch.setattr(module.influence, "probe", lambda *a, **k: pytest.fail("probed again"))
+    _, plan = compress(pipe, statistics, Options(0.5, probe_prompts=2, probe_steps=2))
+    assert any(entry.influence != 1.0 for entry in plan.entries)
+
+
+def test_influence_beats_local_errors_at_the_end_of_the_sampler(calibrated):
+    from slimdiff.influence import relative_error
+    from slimdiff.pipeline import encode, sample
+
+    pipe, statistics = calibrated
+    run = {"steps": 6, "guidance_scale": 3.0, "height": 16, "width": 16}
+    conditioning = encode(pipe, ["a new hill", "grey cat", "boats"], [""] * 3)
+    dense_unet = pipe.unet
+    dense = sample(pipe, conditioning, [50, 51, 52], **run)
+    found = {}
+    for influence in ("sampler", "local"):
+        slim, _ = compress(pipe, statistics, Options(0.45, influence=influence))
+        pipe.unet = slim
+        found[influence] = float(relative_error(sample(pipe, conditioning, [50, 51, 52], **run), dense).mean())
+        pipe.unet = dense_unet
+    assert found["sampler"] < found["local"]
+
+
+def test_refine_lowers_the_held_out_error_or_changes_nothing(calibrated):
+    pipe, statistics = calibrated
+    plain, _ = compress(pipe, statistics, Options(0.5, influence="local"))
+    refined, plan = compress(pipe, statistics, Options(0.5, influence="local", refine=True))
+    assert plan.refits and all(ratio <= 1 for ratio in plan.refits.values())
+    states = statistics.states()
+    arguments = states.batch(list(range(0, len(states.prompts), 5)), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        dense, a, b = (unet(**arguments).sample for unet in (pipe.unet, plain, refined))
+    assert (b - dense).square().sum() < (a - dense).square().sum()
+
+
+def test_statistics_of_other_groups_are_refused(calibrated):
+    _, statistics = calibrated
+    other = tiny_pipeline(Path(statistics.path).parent / "tokenizer", tiny_unet(layers_per_block=2))
+    with pytest.raises(StatisticsError, match="no tokens"):
+        compress(other, statistics, Options(0.3))
+
+
+def test_steps_of_width():
+    group = find_groups(tiny_unet())[0]
+    steps = {d: width_step(replace(group, width=d), None) for d in (8, 16, 40, 64, 80, 160)}
+    assert steps == {8: 2, 16: 4, 40: 8, 64: 8, 80: 8, 160: 8}
+    ffn = replace(group, kind="ffn", width=1280)
+    assert width_step(ffn, None) == 64 and width_step(ffn, 4) == 32
+    assert list(itertools.islice(module._widths(replace(group, width=40), Options(0.3)), 3)) == [40, 32, 24]

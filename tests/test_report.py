@@ -1,0 +1,208 @@
+"""The report: whole, self-contained, escaped, the worst first, and never a speed-up without its drift."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slimdiff import report as page
+from slimdiff import svg, wording
+from slimdiff.macs import Macs
+from slimdiff.measured import Fidelity, Picture, Settings, Size, Spread, Timing
+from slimdiff.plan import Entry, Plan
+from slimdiff.results import Report
+
+VOID = {"meta", "img", "br", "path", "rect", "link", "hr"}
+
+
+class Checker(HTMLParser):
+    """Collects tags; raises AssertionError where they are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def picture(label: str, drift: float, prompt: str = "a cat") -> Picture:
+    dense = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+    return Picture(label, prompt, "blur", 10_001, drift, 21.5, 0.8, dense, dense[::-1].copy())
+
+
+def pixels(image: dict[str, str | None]) -> np.ndarray:
+    data = (image["src"] or "").removeprefix("data:image/png;base64,")
+    return np.array(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def make_report(**changes: object) -> Report:
+    names = ["down_blocks.0.attn1", "up_blocks.0.attn1", "mid_block.attn1"]
+    entries = [Entry(f"{n}.qk", "qk", 8, 6 - i, (10, 8), (4, 2), 0.1, 1.0, 0.0123) for i, n in enumerate(names)]
+    entries += [Entry(f"{n}.ffn", "ffn", 64, 64, (10, 10), (4, 4), 0.0, 1.0, 0.0) for n in names]
+    made_from = {"model": "owner/<tiny>", "options": {"budget": 0.3, "kinds": ["qk", "ffn"]}}
+    plan = Plan(0.3, "groups", 0.3, tuple(entries), (100, 80), (10, 9), 0.031, 0.03, made_from)
+    speed = tuple(
+        Timing(what, Spread(0.12, 0.11, 0.13), Spread(0.1, 0.09, 0.11), Spread(1.23, 1.2, 1.26), 5, 1)
+        for what in ("UNet, 1 prompt (2 rows)", "1 picture, 3 steps")
+    )
+    noise = ((1e-4, 1e-3), (1e-3, 2e-2), (1e-2, 5e-2))
+    fidelity = Fidelity((0.02, 0.4), noise, (700, 400, 100), (460, 900), (0.8, 0.7), None)
+    report = Report(
+        Settings(("a cat", "<script>alert(1)</script>"), ("", ""), 3, 7.5, 48, 48),
+        plan,
+        Size((100, 80), (Macs(1000, 100), Macs(800, 90)), (400, 320), (500, 420), (900, 800)),
+        speed,
+        fidelity,
+        (picture("worst", 0.4, "<script>alert(1)</script>"), picture("typical", 0.02)),
+        {"command": "slimdiff bench", "device": "a CPU", "versions": {"torch": "2"}},
+    )
+    return replace(report, **changes)
+
+
+def test_page_is_whole_and_refers_to_nothing_outside() -> None:
+    text = page.html(make_report())
+    found = Checker(text)
+    assert len(found.all("img")) == 3 * 2  # two pairs, each with its difference
+    assert len(found.all("svg")) == 3  # the error's curve, and the widths of two kinds
+    assert not found.all("script") and not found.all("link") and not found.all("iframe")
+    for _, attrs in found.tags:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attrs.get(name) or "data:").startswith("data:")
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    assert "$" not in text.replace("$1", "")
+
+
+def test_what_users_wrote_is_escaped() -> None:
+    text = page.html(make_report())
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text
+    assert "&lt;tiny&gt;" in text
+
+
+def test_pictures_are_png_and_the_difference_is_amplified() -> None:
+    report = make_report()
+    dense, slim, difference = map(pixels, Checker(page.html(report)).all("img")[:3])
+    assert (dense == report.pictures[0].dense).all() and (slim == report.pictures[0].slim).all()
+    assert (difference == np.minimum(255, page.GAIN * np.abs(dense.astype(int) - slim))).all()
+
+
+def test_large_pictures_are_scaled_down_and_not_pixelated() -> None:
+    black = np.zeros((600, 900, 3), np.uint8)
+    images = Checker(page.card(replace(picture("worst", 0.1), dense=black, slim=black))).all("img")
+    assert pixels(images[0]).shape == (256, 384, 3) and "class" not in images[0]
+    assert Checker(page.card(picture("worst", 0.1))).all("img")[0]["class"] == "pixels"
+
+
+def test_no_speed_up_without_its_drift() -> None:
+    """Whatever element shows the speed-up, the headline, a card or a row, shows the drift too."""
+    text = page.html(make_report())
+    assert text.count("1.23&times;") == 4  # the headline, the card, two rows
+    for tag, times in (("h1", 1), ("tr", 2)):
+        shown = [e for e in re.findall(f"<{tag}>.+?</{tag}>", text, re.S) if "1.23&times;" in e]
+        assert len(shown) == times and all("21%" in element and "40%" in element for element in shown)
+    (pair,) = re.findall(r'<div class="card pair">.+?</header>', text, re.S)
+    assert "1.23&times;" in pair and "<strong>21%</strong>" in pair and "1.25&times;" in pair  # the ideal, too
+
+
+def test_worst_comes_first() -> None:
+    labels = re.findall(r'<p class="tags"><b class="\w+">(.+?)</b>', page.html(make_report()))
+    assert labels == ["worst", "typical"]
+
+
+def test_widths_stand_in_the_order_of_the_unet_with_their_errors() -> None:
+    text = svg.width_plots(make_report().plan.entries)
+    titles = re.findall(r"<title>(.+?)</title>", text, re.S)
+    assert [t.split(".")[0] for t in titles[:3]] == ["down_blocks", "mid_block", "up_blocks"]
+    assert "width 8 to 6 (75%)" in titles[0] and "predicted error 1.2%" in titles[0]
+    assert len(titles) == 6 and "not cut" in text
+    kept = re.findall(r'height="([\d.]+)" class="kept"', text)
+    assert [float(k) for k in kept[:3]] == [75.0, 50.0, 62.5]
+
+
+def test_error_plot_is_logarithmic_and_survives_zero_and_infinite_errors() -> None:
+    text = svg.error_plot([3, 2, 1], [1e-3, 1e-2, 1e-1], [1e-2, 1e-1, 1])
+    heights = [float(y) for y in re.search(r'd="M([^"]+)" class="median"', text)[1].replace("L", " ").split()[1::2]]  # type: ignore[index]
+    assert heights == pytest.approx([100, 200 / 3, 100 / 3], abs=0.01)
+    assert "No error" in svg.error_plot([2, 1], [0, 0], [0, 0])
+    for odd in ([0.0, 0.1], [0.1, math.inf]):
+        assert "nan" not in svg.error_plot([2, 1], odd, odd)
+    assert "0.1%" in text and "100%" in text
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    data, text = page.write(make_report(), tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
+    assert json.loads(data.read_text(encoding="utf-8"))["picture"]["drift"]["worst"] == 0.4
+    Checker(text.read_text(encoding="utf-8"))
+
+
+def test_a_report_without_pictures_or_cuts_is_still_a_page() -> None:
+    report = make_report()
+    bare = replace(report, pictures=(), plan=replace(report.plan, entries=()), size=replace(report.size, memory=None))
+    assert not Checker(page.html(bare)).all("img")
+    assert "Peak memory" not in bare.table()
+
+
+def test_a_plan_of_local_errors_predicts_no_drift() -> None:
+    report = make_report()
+    local = replace(report, plan=replace(report.plan, provenance={"options": {"influence": "local"}}))
+    assert "plan predicted a drift of 3.1%" in report.table() and "plan predicted" not in local.table()
+    assert local.to_json()["picture"]["predicted_drift"] is None
+
+
+def test_terminal_table_is_aligned() -> None:
+    text = make_report().table()
+    speed = [line for line in text.splitlines() if line.startswith(("Speed ", "UNet, 1", "1 picture"))]
+    assert len({len(line) for line in speed}) == 1 and "1.23x (1.20 - 1.26)" in speed[1]
+    assert [s.split()[0] for s in text.split("\n\n")[1:5]] == ["Size", "Speed", "Fidelity", "Pictures"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (wording.percent(0), "0%"), (wording.percent(0.0123), "1.2%"), (wording.percent(1.7), "170%"),
+        (wording.percent(0.0996), "10%"), (wording.percent(math.inf), "not finite"),
+        (wording.seconds(0.0999), "99.9 ms"), (wording.seconds(0.99996), "1.00 s"),
+        (wording.seconds(0.0595, 0.059, 0.0619), "59.5 ms (59.0 - 61.9)"), (wording.percent(0.001), "0.10%"),
+        (wording.seconds(1234.5), "1234 s"),
+        (wording.seconds(2e-5), "20.0 us"), (wording.count(859_520_964), "859.52 M"), (wording.count(12), "12"),
+        (wording.size(1_234_567), "1.23 MB"), (wording.size(12), "12 B"), (wording.decibels(math.inf), "identical"),
+        (wording.ordinal(2), "2nd"), (wording.ordinal(11), "11th"), (wording.ordinal(23), "23rd"),
+        (page.typeset("1.23x (1.20 - 1.26)"), "1.23&times; (1.20&#8201;&ndash;&#8201;1.26)"),
+        (page.typeset("-19.5%"), "&minus;19.5%"), (page.typeset("603 ms to"), "603&nbsp;ms to"),
+        (page.typeset("<x>"), "&lt;x&gt;"),
+    ],
+)  # fmt: skip
+def test_figures_in_words(shown: str, expected: str) -> None:
+    assert shown == expected
