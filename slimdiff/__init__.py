@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,12 +20,17 @@ if TYPE_CHECKING:
     from slimdiff.checkpoint import load
     from slimdiff.compress import compress
 
-_HOMES = {"bench": "bench", "calibrate": "calibrate", "compress": "compress", "load": "checkpoint"}
+
+def _function(home: str, name: str) -> property:
+    """A function imported when asked for. Importing its module would bind the module to the same name: not so here."""
+    return property(lambda package: getattr(import_module(home), name), lambda package, module: None)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'slimdiff' has no attribute '{name}'")
-    from importlib import import_module
+class _Package(ModuleType):
+    bench: Any = _function("slimdiff.bench", "bench")
+    calibrate: Any = _function("slimdiff.calibrate", "calibrate")
+    compress: Any = _function("slimdiff.compress", "compress")
+    load: Any = _function("slimdiff.checkpoint", "load")
 
-    return getattr(import_module(f"slimdiff.{_HOMES[name]}"), name)
+
+sys.modules[__name__].__class__ = _Package

@@ -39,6 +39,12 @@ class Calibrated:
     resumed_at: int
     was_there: bool = False
 
+    def __str__(self) -> str:
+        if self.was_there:
+            return "already holds this calibration; --force runs it again"
+        again = f", resumed at prompt {self.resumed_at}" if self.resumed_at else ""
+        return f"{self.prompts} prompts in {self.seconds:.0f} s{again}"
+
 
 def calibrate(
     pipe: DiffusionPipeline,

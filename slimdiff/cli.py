@@ -7,15 +7,12 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from slimdiff import __version__, outputs
 from slimdiff.errors import SlimdiffError
-
-if TYPE_CHECKING:
-    from slimdiff.plan import Plan
 
 PATH = click.Path(path_type=Path)
 KINDS = ("qk", "vo", "ffn")
@@ -23,51 +20,42 @@ SCHEDULERS = ("ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "unipc")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
-class Budget(click.ParamType):
-    """A share in [0, 1)."""
+class Parsed(click.ParamType):
+    """A value read by a function whose ValueError is what the user is told."""
 
-    name = "share"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self.parse = name, parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            share = float(value)
-        except ValueError:
-            share = float("nan")
-        if not 0 <= share < 1:
-            self.fail(
-                f"'{value}' is not a share to remove: a number of at least 0 (which changes nothing) and below 1, "
-                "such as 0.35 for 35%.",
-                param,
-                ctx,
-            )
-        return share
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
-class Kinds(click.ParamType):
-    """A comma-separated choice of group kinds."""
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = float("nan")
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"'{text}' is not a share to remove: at least 0 (which changes nothing) and below 1, as in 0.35."
+        )
+    return share
 
-    name = "kinds"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        kinds = value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
-        unknown = [kind for kind in kinds if kind not in KINDS]
-        if unknown:
-            self.fail(f"'{unknown[0]}' is not a kind of group; choose from {', '.join(KINDS)}.", param, ctx)
-        return kinds
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(part.strip() for part in text.split(","))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"'{unknown[0]}' is not a kind of group; choose from {', '.join(KINDS)}.")
+    return kinds
 
 
-class Sizes(click.ParamType):
-    """A comma-separated list of positive integers."""
-
-    name = "sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if not all(part.strip().isdigit() and int(part) for part in parts):
-            self.fail(f"'{value}' is not a list of batch sizes such as 1,4.", param, ctx)
-        return tuple(int(part) for part in parts)
+def _sizes(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"'{text}' is not a list of batch sizes, as in 1,4.")
+    return tuple(int(part) for part in text.split(","))
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -96,11 +84,11 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
     """What every command that runs a model takes."""
     for option in (
         click.option(
-            "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+            "--dtype", type=click.Choice(DTYPES), default="auto",
             help="Dtype to run in, and of what compress writes; auto runs float16 on CUDA, float32 on the CPU, and "
-            "writes the dtype of the dense weights.",
+            "writes the dtype of the dense weights."
         ),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto prefers CUDA."),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto prefers CUDA."),
         click.option("--variant", help="Variant of the dense model's weights, such as fp16."),
     ):  # fmt: skip
         command = option(command)
@@ -115,7 +103,7 @@ def _picture_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--guidance-scale", type=float, help="Classifier-free guidance scale."),
         click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture."),
         click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts only."),
-        click.option("--column", default="prompt", show_default=True, help="Prompt column of a .csv or .jsonl file."),
+        click.option("--column", default="prompt", help="Prompt column of a .csv or .jsonl file."),
         click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv or .jsonl."),
     ):
         command = option(command)
@@ -126,7 +114,7 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
     """Make a pretrained Stable Diffusion UNet smaller and faster, without gradients and without fine-tuning.
@@ -146,11 +134,11 @@ def main() -> None:
 @click.argument("model", required=False)
 @_picture_options
 @click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the checkpoint's own]")
-@click.option("--seed", default=0, show_default=True, help="Prompt i starts from the noise of seed + i.")
-@click.option("--batch-size", default="auto", show_default=True, help="Prompts at once; changes speed, not results.")
+@click.option("--seed", default=0, help="Prompt i starts from the noise of seed + i.")
+@click.option("--batch-size", default="auto", help="Prompts at once; changes speed, not results.")
 @_model_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from an unfinished run of this job.")
+@click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
 @click.option("-o", "--output", type=PATH, help="Statistics.  [default: slimdiff-out/<model>/statistics.safetensors]")
 @_command
@@ -193,31 +181,25 @@ def calibrate(
     )
     batch = None if batch_size == "auto" else int(batch_size)
     done = run(pipe, dense, job, output, batch_size=batch, resume=resume, force=force)
-    if done.was_there:
-        click.echo(f"{output} already holds this calibration; --force runs it again.")
-    else:
-        again = f", resumed at prompt {done.resumed_at}" if done.resumed_at else ""
-        click.echo(f"{output}: {done.prompts} prompts in {done.seconds:.0f} s{again}")
+    click.echo(f"{output}: {done}")
     _say("next: slimdiff compress --budget 0.35")
 
 
 @main.command()
 @click.argument("statistics", required=False, type=PATH)
-@click.option("--budget", type=Budget(), default=0.35, show_default=True, help="Share to remove, at least 0, below 1.")
+@click.option("--budget", type=Parsed("share", _share), default=0.35, help="Share to remove, at least 0, below 1.")
 @click.option(
     "--budget-of",
     "of",
     type=click.Choice(["groups", "unet", "macs"]),
     default="groups",
-    show_default=True,
     help="Share of what: the groups' parameters, the whole UNet's, or the groups' MACs.",
 )
 @click.option(
     "--groups",
     "kinds",
-    type=Kinds(),
+    type=Parsed("kinds", _kinds),
     default=",".join(KINDS),
-    show_default=True,
     help="Kinds to cut: query-key, value-output, feed-forward.",
 )
 @click.option("--independent-ranks", is_flag=True, help="Let query-key and value-output widths of one layer differ.")
@@ -230,24 +212,19 @@ def calibrate(
     "--min-width",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.125,
-    show_default=True,
     help="Least share of its width that a group keeps.",
 )
 @click.option(
     "--influence",
     type=click.Choice(["sampler", "local"]),
     default="sampler",
-    show_default=True,
     help="Weigh errors by what they do to the final latents (probed once, then cached), or not at all.",
 )
-@click.option(
-    "--probe-prompts", type=click.IntRange(1, 32), default=8, show_default=True, help="Prompts to probe with."
-)
-@click.option("--probe-steps", type=click.IntRange(1), default=10, show_default=True, help="Sampler steps of a probe.")
+@click.option("--probe-prompts", type=click.IntRange(1, 32), default=8, help="Prompts to probe with.")
+@click.option("--probe-steps", type=click.IntRange(1), default=10, help="Sampler steps of a probe.")
 @click.option(
     "--refine/--no-refine",
     default=False,
-    show_default=True,
     help="Refit output projections on calibration states; a layer keeps its refit if held-out states agree.",
 )
 @click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
@@ -305,14 +282,12 @@ def compress(
 @click.argument("slim", required=False, type=PATH)
 @click.option("--dense", help="Dense model.  [default: the one the slim checkpoint was made from]")
 @_picture_options
-@click.option("--seed", default=10_000, show_default=True, help="Prompt i starts from the noise of seed + i.")
-@click.option("--batch-sizes", type=Sizes(), default="1,4", show_default=True, help="Pictures at once, for latency.")
-@click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="Timed pairs for each latency.")
+@click.option("--seed", default=10_000, help="Prompt i starts from the noise of seed + i.")
+@click.option("--batch-sizes", type=Parsed("sizes", _sizes), default="1,4", help="Pictures at once, for latency.")
+@click.option("--repeats", type=click.IntRange(3), default=20, help="Timed pairs for each latency.")
 @_model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-@click.option(
-    "-o", "--output", type=PATH, help="Report folder.  [default: bench-<budget> beside the checkpoint]"
-)
+@click.option("-o", "--output", type=PATH, help="Report folder.  [default: bench-<budget> beside the checkpoint]")
 @_command
 def bench(
     slim: Path | None,
@@ -354,7 +329,7 @@ def bench(
     in_dtype = pipeline.dtype_of(dtype, on)
     found = source.find(dense or plan.provenance["model"], variant or plan.provenance["variant"])
     pipes = pipeline.load(found, in_dtype), checkpoint.load(slim, torch_dtype=in_dtype)
-    _check_same_model(plan, pipeline.fingerprint(pipes[0].unet), found.reference)
+    plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
     for pipe in pipes:
         pipeline.use_scheduler(pipe, made["scheduler"])
         pipe.to(on)
@@ -371,11 +346,3 @@ def bench(
     json_path, html_path = report.write(result, output or outputs.report_path(slim))
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
     _say(f"report: {json_path}\npictures: {html_path}")
-
-
-def _check_same_model(plan: Plan, fingerprint: str, reference: str) -> None:
-    if plan.provenance["fingerprint"] != fingerprint:
-        raise SlimdiffError(
-            f"The slim checkpoint was made from {plan.provenance['model']}, which is another model than {reference}. "
-            "Pass the model it was made from as --dense."
-        )

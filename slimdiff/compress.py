@@ -34,11 +34,11 @@ class Options:
     """How to compress.
 
     `budget` is the share to remove, in [0, 1), `of` the groups' parameters, the whole UNet's parameters, or the groups'
-    MACs. `round_to` is the step of head widths (feed-forward widths take eight times that); None picks it by layer.
-    `min_width` is the least share of its width a group keeps. `independent_ranks` lets the query-key and value-output
-    widths of one attention differ. `influence` weighs local errors by what they do to the final latents ("sampler", by
-    probing with `probe_prompts` and `probe_steps`) or not at all ("local"). `refine` refits output projections on the
-    calibration states afterwards.
+    MACs (without the zeros that pad unequal widths at run time). `round_to` is the step of head widths (feed-forward
+    widths take eight times that); None picks it by layer. `min_width` is the least share of its width a group keeps.
+    `independent_ranks` lets the query-key and value-output widths of one attention differ. `influence` weighs local
+    errors by what they do to the final latents ("sampler", by probing with `probe_prompts` and `probe_steps`) or not at
+    all ("local"). `refine` refits output projections on the calibration states afterwards.
     """
 
     budget: float
@@ -151,7 +151,7 @@ def _power_of_two(x: float) -> int:
     return 2 ** max(0, math.floor(math.log2(x)))
 
 
-def _widths(group: Group, options: Options) -> tuple[int, ...]:
+def allowed_widths(group: Group, options: Options) -> tuple[int, ...]:
     """Widths a group may take: full, then multiples of its step down to the least."""
     step = width_step(group, options.round_to)
     least = max(1, math.ceil(options.min_width * group.width))
@@ -174,7 +174,7 @@ def _cost(group: Group, of: Of) -> int:
 def _item(
     members: Sequence[Group], solutions: dict[str, Solution], weights: dict[str, float], options: Options
 ) -> Item:
-    widths = _widths(members[0], options)
+    widths = allowed_widths(members[0], options)
     per_width = sum(_cost(group, options.of) for group in members)
     errors = tuple(sum(weights[g.name] * float(solutions[g.name].error[w]) for g in members) for w in widths)
     name = members[0].name if len(members) == 1 else members[0].module
@@ -201,7 +201,7 @@ def _required(unet: UNet2DConditionModel, groups: Sequence[Group], options: Opti
     most = sum(
         (min(g.width, widths[0]) - widths[-1]) * _cost(g, options.of)
         for g in groups
-        for widths in [_widths(g, options)]
+        for widths in [allowed_widths(g, options)]
     )
     if required > most:
         what = "MACs" if options.of == "macs" else "parameters"

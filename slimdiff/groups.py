@@ -52,11 +52,7 @@ def find_groups(unet: nn.Module, tokens: dict[str, tuple[int, int]] | None = Non
     Raises ModelError if there is none, or if a layer has a form that cannot be cut without changing its meaning.
     """
     groups: list[Group] = []
-    stages = ("down", "mid", "up")  # modules are registered in another order
-    layers = sorted(
-        unet.named_modules(), key=lambda item: stages.index(item[0].split("_")[0]) if "_block" in item[0] else -1
-    )
-    for path, layer in layers:
+    for path, layer in sorted(unet.named_modules(), key=_stage):
         queries, keys = (tokens or {}).get(path, (0, 0))
         if isinstance(layer, Attention):
             groups += _attention_groups(path, layer, queries, keys)
@@ -68,6 +64,11 @@ def find_groups(unet: nn.Module, tokens: dict[str, tuple[int, int]] | None = Non
             "1.x, 2.x and SDXL UNets, so there is nothing to compress. Pass a pipeline with a UNet2DConditionModel."
         )
     return groups
+
+
+def _stage(item: tuple[str, nn.Module]) -> int:
+    """Modules are registered in another order than data meets them."""
+    return {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(item[0].split(".")[0], 0)
 
 
 def _attention_groups(path: str, layer: Attention, queries: int, keys: int) -> list[Group]:

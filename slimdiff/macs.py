@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -51,6 +51,11 @@ def count(unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens:
     return Macs(counter.get_total_flops() // 2, core // 2)
 
 
+def _tokens(x: Tensor) -> int:
+    """Of (B, n, C), or of a picture (B, C, H, W)."""
+    return x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
+
+
 def token_counts(
     unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens: int = 77
 ) -> dict[str, tuple[int, int]]:
@@ -61,7 +66,7 @@ def token_counts(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             context = kwargs.get("encoder_hidden_states")
-            counts[path] = (hidden.shape[1], (hidden if context is None else context).shape[1])
+            counts[path] = (_tokens(hidden), _tokens(hidden if context is None else context))
 
         layer.register_forward_pre_hook(hook, with_kwargs=True)
 

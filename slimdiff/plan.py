@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from slimdiff.errors import SlimdiffError
+from slimdiff.errors import ModelError, SlimdiffError
 
 FORMAT = 1
 
@@ -58,6 +58,14 @@ class Plan:
         """Width of every group that is cut."""
         return {entry.group: entry.rank for entry in self.entries if entry.rank < entry.width}
 
+    def check_model(self, fingerprint: str, reference: str) -> None:
+        """Raises ModelError unless the plan was made from the model of this fingerprint."""
+        if fingerprint != self.provenance["fingerprint"]:
+            raise ModelError(
+                f"The slim checkpoint was made from {self.provenance['model']}, which is not {reference}. "
+                "Pass the model it was made from as --dense."
+            )
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
@@ -74,7 +82,7 @@ class Plan:
             )
             data |= {key: tuple(data[key]) for key in ("unet_params", "unet_macs")}
             return Plan(entries=entries, **data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SlimdiffError(f"This is not a plan of slimdiff ({type(error).__name__}: {error}).") from error
 
     def table(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -108,32 +109,42 @@ def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
         raise SlimdiffError(f"Cannot read the prompt file {path}: {error.strerror}. Check --prompts.") from error
     except UnicodeDecodeError as error:
         raise SlimdiffError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    rows: list[Any]
+    rows: list[dict[str, Any]]
     if path.suffix == ".txt":
         rows = [{column: line} for line in text.splitlines()]
     elif path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = _csv_rows(path, text)
     elif path.suffix == ".jsonl":
-        rows = [_json_line(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = enumerate(text.split("\n"), 1)  # splitlines would also cut at characters JSON allows inside strings
+        rows = [_json_row(path, number, line) for number, line in lines if line.strip()]
     else:
         raise SlimdiffError(f"{path} ends in '{path.suffix}'; prompts are read from .txt, .csv and .jsonl files.")
-    if rows and column not in rows[0]:
-        raise SlimdiffError(
-            f"{path} has no column '{column}', only {', '.join(rows[0])}; name the right one: --column."
-        )
+    for number, row in enumerate(rows, 1):
+        if column not in row:
+            raise SlimdiffError(
+                f"{path} has no column '{column}' in row {number}, only {', '.join(map(str, row))}; name the column "
+                "with the prompts: --column."
+            )
     prompts = tuple(str(row[column]).strip() for row in rows if str(row.get(column) or "").strip())
     if not prompts:
         raise SlimdiffError(f"{path} holds no prompt; put one on each line.")
     return prompts
 
 
-def _json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise SlimdiffError(
+            f"{path} is not a CSV file that can be read ({error}); quote long cells, or use .txt."
+        ) from error
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SlimdiffError(
-            f"{path}, line {number} is not JSON ({error.msg}); write one JSON object a line."
-        ) from error
+        raise SlimdiffError(f"{path}, line {number} is not JSON ({error.msg}); write an object a line.") from error
     if not isinstance(row, dict):
         raise SlimdiffError(f"{path}, line {number} is not a JSON object; write one a line, with a prompt column.")
     return row

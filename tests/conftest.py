@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small are slower on more
 TOKENS = 8
 
 

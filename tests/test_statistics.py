@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_round_trip(path):
     torch.manual_seed(0)
-    x = torch.randn(50, 12).view(50, 2, 6)
+    x = torch.randn(50, 12).view(50, 2, 6).double()
     moments = StatisticsFile(path).moments("block.attn1.qk:q")
     assert torch.allclose(moments.second, torch.einsum("nhd,nhe->hde", x, x) / 50, atol=1e-6)
     assert torch.allclose(moments.mean, x.mean(0), atol=1e-6)

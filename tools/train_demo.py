@@ -90,7 +90,7 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         for key, average in (averaged or {}).items():
-            decay = min(0.9995, (step + 1) / (step + 20))
+            decay = min(args.ema, (step + 1) / (step + 20))
             torch._foreach_lerp_(list(average.parameters()), list(modules[key].parameters()), 1 - decay)
         running = value.item() if step == start else 0.99 * running + 0.01 * value.item()
         if (step + 1) % 100 == 0:
@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=320_000, help="training samples the UNet sees")
     parser.add_argument("--batch", type=int, default=64, help="over all processes")
     parser.add_argument("--rate", type=float, default=7e-4)
+    parser.add_argument("--ema", type=float, default=0.9995, help="decay of the weights' moving average per step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -38,5 +38,7 @@ def solve_qk(queries: Tensor, keys: Tensor) -> QKSolution:
     a_root, a_inverse = roots(regularised(queries))
     b_root, b_inverse = roots(regularised(keys))
     u, s, vh = torch.linalg.svd(a_root @ b_root)
+    alive = queries.any((-2, -1)) & keys.any((-2, -1))  # a dead head has no logits to lose
+    s = s * alive[:, None]
     scale = s.sqrt()[..., None]
     return QKSolution(tails(s.square().sum(0)), scale * (u.mT @ a_inverse), scale * (vh @ b_inverse))
