@@ -24,7 +24,7 @@ from slimdiff.macs import count
 from slimdiff.measured import Settings, Size, Timing
 from slimdiff.pipeline import encode, sample
 from slimdiff.plan import Plan
-from slimdiff.results import Report
+from slimdiff.report.results import Report
 from slimdiff.timing import paired, peak_growth
 
 __all__ = ["Report", "Settings", "bench"]

@@ -313,10 +313,11 @@ def bench(
     """
     import json
 
-    from slimdiff import checkpoint, pipeline, recipe, report, source
+    from slimdiff import checkpoint, pipeline, recipe, source
     from slimdiff.bench import Settings
     from slimdiff.bench import bench as run
     from slimdiff.plan import Plan
+    from slimdiff.report import page
 
     if slim is None:
         slim = outputs.newest_slim()
@@ -343,6 +344,6 @@ def bench(
     )
     sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
     result = run(*pipes, plan, settings, sizes=sizes)
-    json_path, html_path = report.write(result, output or outputs.report_path(slim))
+    json_path, html_path = page.write(result, output or outputs.report_path(slim))
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
     _say(f"report: {json_path}\npictures: {html_path}")

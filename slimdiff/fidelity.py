@@ -17,7 +17,7 @@ from slimdiff.demo import scenes
 from slimdiff.influence import relative_error
 from slimdiff.measured import Fidelity, Picture, Settings, psnr_of
 from slimdiff.pipeline import encode, sample
-from slimdiff.wording import ordinal
+from slimdiff.report.wording import ordinal
 
 LARGEST_BATCH = 16
 LATENTS_AT_ONCE = 16_384

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from slimdiff.errors import StatisticsError
 from slimdiff.files import write_json
 from slimdiff.groups import Group
-from slimdiff.pipeline import sample
+from slimdiff.pipeline import sample, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.solve.solution import Solution
 from slimdiff.states import States
@@ -84,6 +84,8 @@ def probe(
         )  # fmt: skip
         return result
 
+    own_scheduler = pipe.scheduler
+    use_scheduler(pipe, recipe.scheduler)
     dense = latents()
     widths: dict[str, int] = {}
     errors: dict[str, list[float]] = {}
@@ -95,6 +97,7 @@ def probe(
         with truncated(pipe.unet, group, solution.at(width)):
             error = relative_error(latents(), dense)
         widths[group.name], errors[group.name] = width, error.nan_to_num(nan=1e6, posinf=1e6).tolist()
+    pipe.scheduler = own_scheduler
     return Influence(statistics, prompts, steps, widths, errors)
 
 

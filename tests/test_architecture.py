@@ -19,12 +19,12 @@ FILES = {
     for path in sorted((ROOT / "slimdiff").rglob("*.py"))
 }
 LAYERS = (
-    {"slimdiff", "solve", "demo"},
-    {"errors", "gram", "macs", "slim_unet", "states", "wording", "solve.solution", "demo.scenes"},
+    {"slimdiff", "solve", "demo", "report"},
+    {"errors", "gram", "macs", "slim_unet", "states", "report.wording", "solve.solution", "demo.scenes"},
     {"allocate", "files", "groups", "linalg", "measured", "outputs", "plan", "recipe", "source"},
-    {"capture", "checkpoint", "pipeline", "refine", "results", "solve.qk", "solve.vo", "solve.ffn", "statistics",
-     "surgery", "svg", "timing"},
-    {"calibrate", "influence", "report"},
+    {"capture", "checkpoint", "pipeline", "refine", "report.results", "solve.qk", "solve.vo", "solve.ffn", "statistics",
+     "surgery", "report.svg", "timing"},
+    {"calibrate", "influence", "report.page"},
     {"compress", "fidelity"},
     {"bench"},
     {"cli"},

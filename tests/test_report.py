@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimdiff import report as page
-from slimdiff import svg, wording
 from slimdiff.macs import Macs
 from slimdiff.measured import Fidelity, Picture, Settings, Size, Spread, Timing
 from slimdiff.plan import Entry, Plan
-from slimdiff.results import Report
+from slimdiff.report import page, svg, wording
+from slimdiff.report.results import Report
 
 VOID = {"meta", "img", "br", "path", "rect", "link", "hr"}
 

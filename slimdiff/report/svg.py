@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from slimdiff.plan import Entry
-from slimdiff.wording import percent
+from slimdiff.report.wording import percent
 
 KINDS = {"qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward"}
 PARTS = ("down", "mid", "up")

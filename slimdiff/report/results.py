@@ -7,10 +7,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from slimdiff import wording
 from slimdiff.measured import QUANTILES, Fidelity, Picture, Settings, Size, Spread, Timing, psnr_of, quantile
 from slimdiff.plan import Plan
-from slimdiff.wording import Row, change, columns, decibels, factor, percent, seconds, similarity
+from slimdiff.report import wording
+from slimdiff.report.wording import Row, change, columns, decibels, factor, percent, seconds, similarity
 
 FORMAT = 1
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from slimdiff import svg
 from slimdiff.files import replacing, write_json
 from slimdiff.measured import Picture, quantile
-from slimdiff.results import Report
-from slimdiff.wording import Row, change, count, decibels, factor, percent, seconds, similarity, size
+from slimdiff.report import svg
+from slimdiff.report.results import Report
+from slimdiff.report.wording import Row, change, count, decibels, factor, percent, seconds, similarity, size
 
-TEMPLATE = Path(__file__).with_name("report.html.in")
+TEMPLATE = Path(__file__).with_name("page.html.in")
 
 GAIN = 4
 """What the difference of two pictures is multiplied by to be seen; the same for all of them."""
