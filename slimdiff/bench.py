@@ -29,9 +29,6 @@ from slimdiff.timing import paired, peak_growth
 
 __all__ = ["Report", "Settings", "bench"]
 
-WHOLE_PICTURES = 5
-"""Most pairs of whole pictures that are timed: each is as long as many UNet calls, and varies less."""
-
 MEMORY_STEPS = 4
 """Most steps of the picture whose memory is measured: multistep schedulers keep up to four predictions."""
 
@@ -129,8 +126,7 @@ def _picture_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings:
         _run(pipe, settings, 1, settings.steps, "np")
 
     what = f"1 picture, {settings.steps} {'step' if settings.steps == 1 else 'steps'}"
-    pairs = min(settings.repeats, WHOLE_PICTURES)
-    return paired(what, lambda: call(dense), lambda: call(slim), pairs=pairs, device=dense.unet.device)
+    return paired(what, lambda: call(dense), lambda: call(slim), pairs=settings.repeats, device=dense.unet.device)
 
 
 def _size(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, sizes: tuple[int, int]) -> Size:

@@ -50,7 +50,7 @@ def calibrate(
     pipe: DiffusionPipeline,
     source: Source,
     recipe: Recipe,
-    output: Path,
+    output: Path | str,
     *,
     batch_size: int | None = None,
     resume: bool = True,
@@ -64,7 +64,7 @@ def calibrate(
     Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model or
     recipe, ModelError for a model without groups, Interrupted on Ctrl-C.
     """
-    started = time.monotonic()
+    started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
     groups = find_groups(pipe.unet)
     statistics = Statistics(source.reference, source.variant, fingerprint(pipe.unet), recipe)

@@ -16,6 +16,11 @@ from tqdm import tqdm
 
 from slimdiff.measured import Spread, Timing
 
+LONGEST = 60.0
+"""Seconds after which slow calls are timed in fewer pairs than asked for, but in at least FEWEST."""
+
+FEWEST = 5
+
 WARM_UP = 3
 """Calls of each side before the clock starts: lazy initialisation, kernel choice, allocator."""
 
@@ -26,12 +31,14 @@ Call = Callable[[], Any]
 
 
 def paired(what: str, dense: Call, slim: Call, *, pairs: int, device: torch.device) -> Timing:
-    """Time two calls in turns, `pairs` times: dense and slim, slim and dense, dense and slim, ...
+    """Time two calls in turns, up to `pairs` times: dense and slim, slim and dense, dense and slim, ...
 
     The speed-up is computed within each pair, so what slows the machine down for a while slows both sides of it; and
     each side goes first in half of the pairs, so that going first is no advantage.
     """
-    calls = math.ceil(SHORTEST / max(1e-6, min(_warm(dense, device), _warm(slim, device))))
+    dense_time, slim_time = _warm(dense, device), _warm(slim, device)
+    calls = math.ceil(SHORTEST / max(1e-6, min(dense_time, slim_time)))
+    pairs = min(pairs, max(FEWEST, int(LONGEST / (calls * (dense_time + slim_time)))))
     times: tuple[list[float], list[float]] = ([], [])
     sides = list(zip((dense, slim), times, strict=True))
     for pair in tqdm(range(pairs), unit="pair", disable=None, leave=False, desc=what):
