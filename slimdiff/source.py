@@ -57,14 +57,25 @@ def find(model: str | None, variant: str | None = None, revision: str | None = N
         raise ModelError(f"There is no file or folder {model}, and it is no hub id (those look like owner/name).")
     try:
         folder = DiffusionPipeline.download(model, variant=variant, revision=revision, use_safetensors=True)
-    except (
-        Exception
-    ) as error:  # the hub raises a family of its own types, OSError and ValueError for what users mistype
+    except Exception as error:  # the hub raises types of its own, OSError and ValueError for what users mistype
+        root = _root(error)
         raise ModelError(
-            f"Cannot get {model} from the hub: {str(error).strip().splitlines()[0]} "
-            "Check the name, the network, and whether the model offers .safetensors weights."
+            f"Cannot get {model} from the hub ({type(root).__name__}: {_first_words(root)}). Check the name, the "
+            "network, your access to the model, and whether it offers .safetensors weights."
         ) from error
     return Source(model, model.split("/")[-1], Path(folder), variant)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from, all the way back."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
+def _first_words(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "no reason given")
+    return line if len(line) <= 120 else line[:117] + "..."
 
 
 def _check_folder(path: Path, variant: str | None) -> None:
