@@ -23,9 +23,9 @@ from slimdiff.statistics import StatisticsFile
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
-    "--influence local": {"influence": "local"},
-    "--refine": {"refine": True},
-    "--independent-ranks": {"independent_ranks": True},
+    "local errors": {"influence": "local"},
+    "refined": {"refine": True},
+    "independent ranks": {"independent_ranks": True},
 }
 
 

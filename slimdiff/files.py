@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"Cannot write {path}: {error.strerror or error}. Free some space or pick another -o."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -44,11 +44,6 @@ class Influence:
         return float(torch.tensor(self.errors[group], dtype=torch.float64).median()) / local if local > 0 else 0.0
 
 
-def cost_in_unet_rows(groups: int, prompts: int, steps: int) -> int:
-    """UNet evaluations (one row each, guidance counts twice) that probing takes."""
-    return 2 * (groups + 1) * prompts * steps
-
-
 def relative_error(changed: Tensor, reference: Tensor) -> Tensor:
     """Squared error relative to the reference's energy, per sample: (B, ...) -> (B,), in float64."""
     difference = (changed.double() - reference.double()).flatten(1).square().sum(1)
