@@ -30,6 +30,8 @@ SAVE_EVERY = 120.0
 class Interrupted(SlimdiffError):
     """Ctrl-C: what was done is saved."""
 
+    exit_code = 130  # what shells report for a command that SIGINT ended
+
 
 @dataclass(frozen=True)
 class Calibrated:

@@ -13,10 +13,10 @@ import click
 
 from slimdiff import __version__, outputs
 from slimdiff.errors import SlimdiffError
+from slimdiff.recipe import SCHEDULERS
 
 PATH = click.Path(path_type=Path)
 KINDS = ("qk", "vo", "ffn")
-SCHEDULERS = ("ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "unipc")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -70,7 +70,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except SlimdiffError as error:
             failure: Any = click.ClickException(str(error))
-            failure.exit_code = 130 if type(error).__name__ == "Interrupted" else 1
+            failure.exit_code = error.exit_code
             raise failure from error
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":
@@ -133,7 +133,7 @@ def main() -> None:
 @main.command()
 @click.argument("model", required=False)
 @_picture_options
-@click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Sampler.  [default: the checkpoint's own]")
+@click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="Sampler.  [default: the checkpoint's own]")
 @click.option("--seed", default=0, help="Prompt i starts from the noise of seed + i.")
 @click.option("--batch-size", default="auto", help="Prompts at once; changes speed, not results.")
 @_model_options

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class SlimdiffError(Exception):
-    """Anything wrong with the user's input; the command line prints its text and exits with code 1."""
+    """Anything wrong with the user's input; the command line prints its text and exits with `exit_code`."""
+
+    exit_code = 1
 
 
 class ModelError(SlimdiffError):
