@@ -167,12 +167,12 @@ def labels_of(scene: scenes.Scene) -> list[int]:
         sizes, colours = list(scenes.RADII), list(scenes.COLOURS)
         return [1 + sizes.index(thing.size), 1 + colours.index(thing.colour), 1 + scenes.KINDS.index(thing.kind)]
 
-    layouts = [*scenes.PLACES, *scenes.RELATIONS]
+    places, grounds = list(scenes.PLACES), list(scenes.GROUNDS)
     second = scene.things[1] if len(scene.things) > 1 else None
-    return [*of(scene.things[0]), *of(second), layouts.index(scene.layout), list(scenes.GROUNDS).index(scene.ground)]
+    return [*of(scene.things[0]), *of(second), places.index(scene.place), grounds.index(scene.ground)]
 
 
-CLASSES = [3, 7, 5, 3, 7, 5, len(scenes.PLACES) + len(scenes.RELATIONS), len(scenes.GROUNDS)]
+CLASSES = [3, 7, 5, 3, 7, 5, len(scenes.PLACES), len(scenes.GROUNDS)]
 
 
 def pictures_to_tensor(pictures: list[np.ndarray], device: str) -> Tensor:

@@ -37,8 +37,11 @@ PLACES = {
     "on the left": (0, 1), "in the centre": (1, 1), "on the right": (2, 1),
     "at the bottom left": (0, 2), "at the bottom": (1, 2), "at the bottom right": (2, 2),
 }  # fmt: skip
-RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
-"""Direction from the first thing to the second (x to the right, y downwards)."""
+OPPOSITES = {
+    "on the left": "on the right", "on the right": "on the left",
+    "at the top": "at the bottom", "at the bottom": "at the top",
+}  # fmt: skip
+"""Where the first of two things may lie, and where the second lies then."""
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "position", "background")
 
@@ -55,17 +58,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things; `layout` is a place for one thing and a relation for two."""
+    """One or two things; `place` is the first one's, and a second one lies opposite."""
 
     things: tuple[Thing, ...]
-    layout: str
+    place: str
     ground: str
 
     def caption(self) -> str:
-        first = self.things[0]
-        if len(self.things) == 1:
-            return f"{first} {self.layout} on a {self.ground} background"
-        return f"{first} {self.layout} {self.things[1]} on a {self.ground} background"
+        """Each thing names its own place: a causal text encoder could not tell an earlier word of a later one."""
+        placed = zip(self.things, (self.place, OPPOSITES.get(self.place, "")), strict=False)
+        return " and ".join(f"{thing} {place}" for thing, place in placed) + f" on a {self.ground} background"
 
 
 def all_things() -> list[Thing]:
@@ -79,7 +81,7 @@ def random_scene(rng: random.Random) -> Scene:
     if rng.random() < 1 / 3:
         return Scene((first,), rng.choice(list(PLACES)), ground)
     second = rng.choice([thing for thing in all_things() if thing != first])
-    return Scene((first, second), rng.choice(list(RELATIONS)), ground)
+    return Scene((first, second), rng.choice(list(OPPOSITES)), ground)
 
 
 def is_held_out(caption: str) -> bool:
@@ -108,8 +110,9 @@ def captions(count: int, seed: int, held_out: bool) -> list[str]:
 
 _THING = rf"a ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(KINDS)})"
 _GROUND = rf"on a ({'|'.join(GROUNDS)}) background"
-_ONE = re.compile(rf"{_THING} ({'|'.join(PLACES)}) {_GROUND}")
-_TWO = re.compile(rf"{_THING} ({'|'.join(RELATIONS)}) {_THING} {_GROUND}")
+_PLACE = rf"({'|'.join(PLACES)})"
+_ONE = re.compile(rf"{_THING} {_PLACE} {_GROUND}")
+_TWO = re.compile(rf"{_THING} {_PLACE} and {_THING} {_PLACE} {_GROUND}")
 
 
 def parse(caption: str) -> Scene | None:
@@ -118,8 +121,9 @@ def parse(caption: str) -> Scene | None:
         *thing, place, ground = found.groups()
         return Scene((Thing(*thing),), place, ground)
     if found := _TWO.fullmatch(caption):
-        *first, relation, size, colour, kind, ground = found.groups()
-        return Scene((Thing(*first), Thing(size, colour, kind)), relation, ground)
+        *first, place, size, colour, kind, opposite, ground = found.groups()
+        if OPPOSITES.get(place) == opposite:
+            return Scene((Thing(*first), Thing(size, colour, kind)), place, ground)
     return None
 
 
@@ -143,6 +147,12 @@ def _mask(kind: str, centre: tuple[float, float], radius: float) -> np.ndarray:
     return np.clip(0.5 - _distance(kind, x - centre[0], y - centre[1], radius), 0, 1)
 
 
+def _direction(pair: Scene) -> tuple[int, int]:
+    """From the first thing to the second: x to the right, y downwards."""
+    column, row = PLACES[pair.place]
+    return 1 - column, 1 - row
+
+
 def draw(scene: Scene, rng: random.Random) -> np.ndarray:
     """A picture of the scene, (SIDE, SIDE, 3) uint8, with a little jitter in place and size."""
 
@@ -150,10 +160,10 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
         return rng.uniform(-amount, amount)
 
     if len(scene.things) == 1:
-        column, row = PLACES[scene.layout]
+        column, row = PLACES[scene.place]
         centres = [(COLUMNS[column] + jitter(1.5), ROWS[row] + jitter(1.5))]
     else:
-        across, down = RELATIONS[scene.layout]
+        across, down = _direction(scene)
         drift = jitter(4)
         centres = [
             (SIDE / 2 + side * 12 * across + jitter(1) + drift * abs(down),
@@ -225,7 +235,7 @@ def score(picture: np.ndarray, scene: Scene) -> dict[str, float]:
     """How much of the caption a picture, (SIDE, SIDE, 3) uint8, shows: each attribute's share in [0, 1].
 
     Things are matched one to one so that most attributes agree; a thing that is missing scores 0 on each of its
-    attributes. `position` is the cell of a 3 x 3 grid for one thing and the relation between the two for a pair.
+    attributes. `position` is the cell of a 3 x 3 grid for one thing and which lies where for a pair.
     """
     ground, found = look(picture)
     asked = scene.things
@@ -239,10 +249,10 @@ def score(picture: np.ndarray, scene: Scene) -> dict[str, float]:
 
         position = 0.0
         if len(asked) == 1 and (only := seen[0]) is not None:
-            column, row = PLACES[scene.layout]
+            column, row = PLACES[scene.place]
             position = float(abs(only.x - COLUMNS[column]) < SIDE / 6 and abs(only.y - ROWS[row]) < SIDE / 6)
         elif len(asked) == 2 and (a := seen[0]) is not None and (b := seen[1]) is not None:
-            across, down = RELATIONS[scene.layout]
+            across, down = _direction(scene)
             position = float((b.x - a.x) * across + (b.y - a.y) * down > SIDE / 8)
         return {"shape": share("kind"), "colour": share("colour"), "size": share("size"), "position": position}
 
