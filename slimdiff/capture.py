@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -12,31 +12,34 @@ from slimdiff.gram import Gram
 from slimdiff.groups import Group, Probe, probes
 
 
-@contextmanager
-def captured(unet: nn.Module, groups: Sequence[Group], grams: dict[str, Gram]) -> Iterator[None]:
-    """While inside, every forward pass of `unet` adds to `grams`, keyed `<group>:<statistic>`; missing ones are made.
+def _one() -> float:
+    return 1.0
 
-    Hooks sit on the groups' own modules only and are gone afterwards, whatever happens inside; the UNet is not changed.
+
+@contextmanager
+def captured(
+    unet: nn.Module, groups: Sequence[Group], grams: dict[str, Gram], weight: Callable[[], float] = _one
+) -> Iterator[None]:
+    """While inside, every forward pass of `unet` adds to `grams`, by the keys of `groups.probes`; new ones are made.
+
+    `weight` is asked at each forward pass how much its tokens count. Hooks sit on the groups' own modules only and are
+    gone afterwards, whatever happens inside; the UNet is not changed.
     """
     handles = []
     try:
-        for group in groups:
-            for probe in probes(unet, group):
-                heads = group.heads if probe.per_head else 1
-                width = group.width if group.kind != "vo" else group.width * group.heads
-                key = f"{group.name}:{probe.statistic}"
-                gram = grams.setdefault(key, Gram(width, heads, next(unet.parameters()).device))
-                handles.append(_attach(probe, gram))
+        for key, probe in {probe.key: probe for group in groups for probe in probes(unet, group)}.items():
+            gram = grams.setdefault(key, Gram(probe.width, probe.heads, next(unet.parameters()).device))
+            handles.append(_attach(probe, gram, weight))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _attach(probe: Probe, gram: Gram) -> RemovableHandle:
+def _attach(probe: Probe, gram: Gram, weight: Callable[[], float]) -> RemovableHandle:
     def add(x: Tensor) -> None:
         x = x.detach()
-        gram.add(x - x.mean(1, keepdim=True) if probe.centred else x)
+        gram.add(x - x.mean(1, keepdim=True) if probe.centred else x, weight())
 
     if probe.at == "input":
         return probe.module.register_forward_pre_hook(lambda module, args: add(args[0]))

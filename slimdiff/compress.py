@@ -14,7 +14,7 @@ from slimdiff import __version__, influence
 from slimdiff.allocate import Allocation, Item, allocate
 from slimdiff.errors import BudgetError
 from slimdiff.gram import Moments
-from slimdiff.groups import KINDS, Group, find_groups, names, select
+from slimdiff.groups import KINDS, Group, find_groups, names
 from slimdiff.macs import count, token_counts
 from slimdiff.plan import Entry, Plan, short
 from slimdiff.refine import refine
@@ -86,7 +86,7 @@ def make_plan(
     size = recipe.height // pipe.vae_scale_factor, recipe.width // pipe.vae_scale_factor
     text_tokens = pipe.tokenizer.model_max_length
     tokens = token_counts(unet, size, text_tokens)
-    groups = select(find_groups(unet, tokens), options.kinds)
+    groups = find_groups(unet, tokens, options.kinds)
     required = _required(unet, groups, options)
     solutions = {
         group.name: solve(unet, group, statistics) for group in tqdm(groups, unit="group", disable=None, desc="solve")

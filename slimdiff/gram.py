@@ -17,12 +17,19 @@ class Moments:
 
     covariance: Tensor
     mean: Tensor
-    count: int
+    count: float
 
     @property
     def second(self) -> Tensor:
         """E[x xᵀ], (h, d, d)."""
         return self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
+
+    def through(self, weight: Tensor, bias: Tensor | None, heads: int) -> Moments:
+        """What it says, of one head's tokens x, about y = W x + b: `weight` is (h d, C), and y has h heads."""
+        rows = weight.double().unflatten(0, (heads, -1))
+        mean = (rows @ self.mean[0].double()[:, None]).squeeze(-1)
+        shift = 0 if bias is None else bias.double().view_as(mean)
+        return Moments(rows @ self.covariance[0].double() @ rows.mT, mean + shift, self.count)
 
 
 class Gram:
@@ -36,20 +43,21 @@ class Gram:
     def __init__(self, width: int, heads: int = 1, device: torch.device | str = "cpu") -> None:
         self.products = torch.zeros(heads, width, width, dtype=torch.float64, device=device)
         self.mean = torch.zeros(heads, width, dtype=torch.float64, device=device)
-        self.count = 0
+        self.count: float = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add tokens `x`, (..., h * d), of any floating dtype."""
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """Add tokens `x`, (..., h * d), of any floating dtype, each of which counts as `weight` tokens."""
         heads, width = self.mean.shape
         rows = x.reshape(-1, heads, width).transpose(0, 1).float()
         mean = rows.mean(1, keepdim=True)
         rows = rows - mean
-        self._join(_products(rows), mean[:, 0], rows.shape[1])
+        products = _products(rows)
+        self._join(products if weight == 1 else weight * products, mean[:, 0], weight * rows.shape[1])
 
     def merge(self, other: Gram) -> None:
         self._join(other.products, other.mean, other.count)
 
-    def _join(self, products: Tensor, mean: Tensor, count: int) -> None:
+    def _join(self, products: Tensor, mean: Tensor, count: float) -> None:
         if count == 0:
             return
         share = count / (self.count + count)

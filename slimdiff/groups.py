@@ -3,13 +3,16 @@
 An attention layer holds two groups: `<path>.qk` (query and key projections, which meet in the logits) and `<path>.vo`
 (value and output projections, which meet in the head outputs). A feed-forward layer is one group, `<path>.ffn`. A
 group's width is what compression cuts: the width of one head for `qk` and `vo`, the number of hidden units for `ffn`.
+
+Two more kinds are what other methods cut: `<path>.heads`, whole heads of an attention layer, and `<path>.linear`, the
+rank of one matrix alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -17,17 +20,19 @@ from torch import nn
 
 from slimdiff.errors import ModelError
 
-Kind = Literal["qk", "vo", "ffn"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["qk", "vo", "ffn", "heads", "linear"]
+KINDS: tuple[Kind, ...] = ("qk", "vo", "ffn")
+"""What slimdiff itself cuts."""
 
 
 @dataclass(frozen=True)
 class Group:
     """One group of a UNet.
 
-    `module` is the dotted path of its layer; `heads` is 1 for `ffn`. `params_per_width` and `macs_per_width` are what
-    one step of width costs over all heads: parameters, and multiply-accumulates of one forward pass of one sample,
-    attention core included. Both are linear in the width.
+    `module` is the dotted path of its layer; `heads` is 1 for `ffn` and `linear`. `params_per_width` and
+    `macs_per_width` are what one step of width costs over all heads: parameters, and multiply-accumulates of one
+    forward pass of one sample, attention core included. Both are linear in the width, but for the full width of
+    `linear`, a single matrix, which costs `whole` (parameters, MACs).
     """
 
     name: str
@@ -37,17 +42,26 @@ class Group:
     width: int
     params_per_width: int
     macs_per_width: int
+    whole: tuple[int, int] | None = None
 
     @property
     def params(self) -> int:
-        return self.width * self.params_per_width
+        return self.params_at(self.width)
+
+    def params_at(self, width: int) -> int:
+        return self.whole[0] if self.whole and width == self.width else width * self.params_per_width
+
+    def macs_at(self, width: int) -> int:
+        return self.whole[1] if self.whole and width == self.width else width * self.macs_per_width
 
 
-def find_groups(unet: nn.Module, tokens: dict[str, tuple[int, int]] | None = None) -> list[Group]:
+def find_groups(
+    unet: nn.Module, tokens: dict[str, tuple[int, int]] | None = None, kinds: Collection[str] = KINDS
+) -> list[Group]:
     """The groups of a UNet in the order data meets them: down, mid, up.
 
-    `tokens` gives each layer's number of query and key tokens per sample (see `macs.token_counts`); without it
-    `macs_per_width` is 0.
+    `tokens` gives each layer's number of query and key tokens per sample (see `macs.token_counts`); without it MACs
+    are 0. `linear` among `kinds` stands for the matrices of those layers that no other kind of `kinds` cuts.
 
     Raises ModelError if there is none, or if a layer has a form that cannot be cut without changing its meaning.
     """
@@ -55,10 +69,14 @@ def find_groups(unet: nn.Module, tokens: dict[str, tuple[int, int]] | None = Non
     for path, layer in sorted(unet.named_modules(), key=_stage):
         queries, keys = (tokens or {}).get(path, (0, 0))
         if isinstance(layer, Attention):
-            groups += _attention_groups(path, layer, queries, keys)
+            found = _attention_groups(path, layer, queries, keys)
         elif isinstance(layer, FeedForward):
-            groups.append(_feed_forward_group(path, layer, queries))
-    if not groups:
+            found = _feed_forward_groups(path, layer, queries)
+        else:
+            continue
+        own = [group for group in found if group.kind in kinds and group.kind != "linear"]
+        groups += own or [group for group in found if group.kind in kinds]
+    if not any(isinstance(layer, Attention | FeedForward) for layer in unet.modules()):
         raise ModelError(
             f"{type(unet).__name__} has no attention or feed-forward layer of the kind found in Stable Diffusion "
             "1.x, 2.x and SDXL UNets, so there is nothing to compress. Pass a pipeline with a UNet2DConditionModel."
@@ -82,22 +100,38 @@ def _attention_groups(path: str, layer: Attention, queries: int, keys: int) -> l
     h, biases = layer.heads, (layer.to_q.bias is not None) + (layer.to_k.bias is not None)
     d = layer.to_q.out_features // h
     core = queries * keys * h
+    out = layer.to_out[0]
     qk_params = h * (layer.to_q.in_features + layer.to_k.in_features + biases)
     qk_macs = h * (queries * layer.to_q.in_features + keys * layer.to_k.in_features) + core
-    vo_params = h * (layer.to_v.in_features + (layer.to_v.bias is not None) + layer.to_out[0].out_features)
-    vo_macs = h * (keys * layer.to_v.in_features + queries * layer.to_out[0].out_features) + core
+    vo_params = h * (layer.to_v.in_features + (layer.to_v.bias is not None) + out.out_features)
+    vo_macs = h * (keys * layer.to_v.in_features + queries * out.out_features) + core
     return [
         Group(f"{path}.qk", "qk", path, h, d, qk_params, qk_macs),
         Group(f"{path}.vo", "vo", path, h, d, vo_params, vo_macs),
+        Group(f"{path}.heads", "heads", path, h, h, (qk_params + vo_params) * d // h, (qk_macs + vo_macs) * d // h),
+        _linear_group(f"{path}.to_q", layer.to_q, queries),
+        _linear_group(f"{path}.to_k", layer.to_k, keys),
+        _linear_group(f"{path}.to_v", layer.to_v, keys),
+        _linear_group(f"{path}.to_out.0", out, queries),
     ]
 
 
-def _feed_forward_group(path: str, layer: FeedForward, tokens: int) -> Group:
+def _feed_forward_groups(path: str, layer: FeedForward, tokens: int) -> list[Group]:
     into, out = _feed_forward_parts(path, layer)
     halves = into.out_features // out.in_features
     per_width = halves * into.in_features + out.out_features
     params = per_width + halves * (into.bias is not None)
-    return Group(f"{path}.ffn", "ffn", path, 1, out.in_features, params, tokens * per_width)
+    return [
+        Group(f"{path}.ffn", "ffn", path, 1, out.in_features, params, tokens * per_width),
+        _linear_group(f"{path}.net.0.proj", into, tokens),
+        _linear_group(f"{path}.net.2", out, tokens),
+    ]
+
+
+def _linear_group(path: str, layer: nn.Linear, tokens: int) -> Group:
+    """Two factors of rank r in the place of a matrix; its bias stays."""
+    a, b = layer.in_features, layer.out_features
+    return Group(f"{path}.linear", "linear", path, 1, min(a, b), a + b, tokens * (a + b), (a * b, tokens * a * b))
 
 
 def _feed_forward_parts(path: str, layer: FeedForward) -> tuple[nn.Linear, nn.Linear]:
@@ -109,33 +143,59 @@ def _feed_forward_parts(path: str, layer: FeedForward) -> tuple[nn.Linear, nn.Li
 
 @dataclass(frozen=True)
 class Probe:
-    """Where one statistic of a group is read: a module's `input` or `output`, and how its tokens are centred."""
+    """One statistic: where tokens are read (a module's `input` or `output`), as how many heads of which width, and
+    whether each sample's mean is taken off. `key` names it in the statistics file; equal keys are equal tokens."""
 
-    statistic: str
+    key: str
     module: nn.Module
     at: Literal["input", "output"]
-    per_head: bool
-    centred: bool
+    heads: int
+    width: int
+    centred: bool = False
 
 
 def probes(unet: nn.Module, group: Group) -> list[Probe]:
-    """What calibration has to record for a group: queries and keys, head outputs, or hidden units."""
+    """What calibration has to record for a group: queries and keys, head outputs, hidden units, a matrix's inputs."""
     layer: Any = unet.get_submodule(group.module)
+    if group.kind == "linear":
+        path = _parent(group.module)
+        return [Probe(_input_key(unet, path, group.module[len(path) + 1 :]), layer, "input", 1, layer.in_features)]
     if group.kind == "qk":
         return [
-            Probe("q", layer.to_q, "output", per_head=True, centred=False),
-            Probe("k", layer.to_k, "output", per_head=True, centred=True),
+            Probe(f"{group.name}:q", layer.to_q, "output", group.heads, group.width),
+            Probe(f"{group.name}:k", layer.to_k, "output", group.heads, group.width, centred=True),
         ]
-    if group.kind == "vo":
-        return [Probe("z", output_layer(unet, group), "input", per_head=False, centred=False)]
-    return [Probe("u", output_layer(unet, group), "input", per_head=False, centred=False)]
+    out = output_layer(unet, group)
+    return [Probe(_output_key(group.module, group.kind), out, "input", 1, out.in_features)]
+
+
+def _parent(linear: str) -> str:
+    """Path of the attention or feed-forward layer that a matrix belongs to."""
+    for end in (".to_q", ".to_k", ".to_v", ".to_out.0", ".net.0.proj", ".net.2"):
+        if linear.endswith(end):
+            return linear.removesuffix(end)
+    raise ValueError(linear)
+
+
+def _output_key(path: str, kind: str) -> str:
+    """Of the tokens that leave a layer through its last matrix: head outputs z, or hidden units u."""
+    return f"{path}.ffn:u" if kind == "ffn" else f"{path}.vo:z"
+
+
+def _input_key(unet: nn.Module, path: str, matrix: str) -> str:
+    """Of the tokens a matrix multiplies: a layer's own inputs x, the text c, or what `_output_key` names."""
+    if matrix in ("to_out.0", "net.2"):
+        return _output_key(path, "ffn" if matrix == "net.2" else "vo")
+    layer: Any = unet.get_submodule(path)
+    return f"{path}:c" if matrix in ("to_k", "to_v") and layer.is_cross_attention else f"{path}:x"
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names of a group's weights in the UNet's state dict, each `None` where the layer has no bias.
+    """Names of a group's weights in the UNet's state dict, each bias `None` where the layer has none.
 
-    `into` lists what maps into the cut width (queries and keys; values; the GEGLU projection), `out` what maps out.
+    `into` lists what maps into the cut width (queries and keys; values; the GEGLU projection), `out` what maps out. A
+    `linear` group has `out` only.
     """
 
     into: tuple[tuple[str, str | None], ...]
@@ -143,26 +203,27 @@ class Names:
 
 
 def names(unet: nn.Module, group: Group) -> Names:
-    def of(path: str) -> tuple[str, str | None]:
-        linear = unet.get_submodule(f"{group.module}.{path}")
-        return f"{group.module}.{path}.weight", f"{group.module}.{path}.bias" if linear.bias is not None else None
+    def of(*path: str) -> tuple[str, str | None]:
+        name = ".".join((group.module, *path))
+        return f"{name}.weight", f"{name}.bias" if unet.get_submodule(name).bias is not None else None
 
-    if group.kind == "qk":
-        return Names((of("to_q"), of("to_k")), None)
-    if group.kind == "vo":
-        return Names((of("to_v"),), of("to_out.0"))
-    return Names((of("net.0.proj"),), of("net.2"))
-
-
-def select(groups: Iterable[Group], kinds: Iterable[str]) -> list[Group]:
-    wanted = set(kinds)
-    return [group for group in groups if group.kind in wanted]
+    match group.kind:
+        case "qk":
+            return Names((of("to_q"), of("to_k")), None)
+        case "vo":
+            return Names((of("to_v"),), of("to_out.0"))
+        case "heads":
+            return Names((of("to_q"), of("to_k"), of("to_v")), of("to_out.0"))
+        case "ffn":
+            return Names((of("net.0.proj"),), of("net.2"))
+        case "linear":
+            return Names((), of())
 
 
 def output_layer(unet: nn.Module, group: Group) -> nn.Linear:
-    """The projection through which a value-output or feed-forward group leaves its layer."""
+    """The projection through which a group's layer is left."""
     layer: Any = unet.get_submodule(group.module)
-    return layer.to_out[0] if group.kind == "vo" else layer.net[2]
+    return layer.net[2] if group.kind == "ffn" else layer.to_out[0]
 
 
 def residual_norm(unet: nn.Module, group: Group) -> nn.Module:

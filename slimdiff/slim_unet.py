@@ -28,7 +28,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-__all__ = ["FORMAT", "MODULE", "ModelMixin", "SlimAttnProcessor", "SlimUNet2DConditionModel", "UnequalAttention"]
+__all__ = [
+    "FORMAT",
+    "MODULE",
+    "LowRank",
+    "ModelMixin",
+    "SlimAttnProcessor",
+    "SlimUNet2DConditionModel",
+    "UnequalAttention",
+]
 
 FORMAT = 1
 MODULE = "slimdiff_unet"
@@ -116,18 +124,30 @@ class UnequalAttention(Attention):
         )
 
 
+class LowRank(nn.Linear):
+    """A matrix in two factors: `inner` maps to `rank` features, this layer on to the dense layer's outputs."""
+
+    def __init__(self, dense: nn.Linear, rank: int) -> None:
+        super().__init__(rank, dense.out_features, bias=dense.bias is not None)
+        self.inner = nn.Linear(dense.in_features, rank, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.inner(x))
+
+
 class SlimUNet2DConditionModel(UNet2DConditionModel):
     """`UNet2DConditionModel` with cut layers.
 
     Takes the arguments of the dense UNet and
 
     `slim_ranks`: width of each cut group by name: `<path of an Attention>.qk` and `.vo` (width of one head), `<path of
-    a FeedForward>.ffn` (hidden units). What is not listed keeps its dense width. Weights fit the usual softmax scale
+    a FeedForward>.ffn` (hidden units), `<path of an Attention>.heads` (number of heads), `<path of a Linear>.linear`
+    (rank of a matrix, as two factors). What is not listed keeps its dense width. Weights fit the usual softmax scale
     `1 / sqrt(width)`: a factor that keeps the dense logits belongs into the query weights.
     `slim_format`: version of this description.
 
     Cut layers are the stock ones with smaller matrices; only attention with two different widths has its own class,
-    `UnequalAttention`. Raises ValueError for groups or widths that the dense UNet does not have.
+    `UnequalAttention`, and matrices in factors, `LowRank`. Raises ValueError for groups or widths that the dense UNet does not have.
     """
 
     code = Path(__file__).read_bytes()
@@ -173,12 +193,14 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
         super().set_default_attn_processor()
 
     def fuse_qkv_projections(self) -> None:
-        """As in diffusers; ValueError, before anything changes, if a layer has unequal widths."""
+        """As in diffusers; ValueError, before anything changes, if a layer has unequal widths or factors."""
         if unequal := list(self._unequal()):
             raise ValueError(
                 f"Projections cannot be fused: query-key and value heads differ in width in {len(unequal)} layers, "
                 f"{unequal[0]} among them. Compress with equal widths for both (the default) to fuse them."
             )
+        if any(isinstance(layer, LowRank) for layer in self.modules()):
+            raise ValueError("Projections cannot be fused: some of their matrices are in two factors.")
         super().fuse_qkv_projections()
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
@@ -205,8 +227,7 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
             ) from error
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
-        self_attention_or_ffn = (".attn1.qk", ".attn1.vo", ".ffn")
-        if cut := [name for name in self.config["slim_ranks"] if not name.endswith(self_attention_or_ffn)]:
+        if cut := [name for name in self.config["slim_ranks"] if ".attn2." in name]:
             raise ValueError(
                 "An IP-Adapter brings keys and values for the dense cross-attention, and this model's is cut "
                 f"({len(cut)} groups, {cut[0]} among them): the pictures would be wrong. Use the dense model, or "
@@ -233,20 +254,26 @@ def _narrow(unet: nn.Module, ranks: Mapping[str, int]) -> None:
     for path, widths in cuts.items():
         if "ffn" in widths:
             _narrow_feed_forward(layers[path], widths["ffn"])
+        elif "linear" in widths:
+            parent, _, name = path.rpartition(".")
+            setattr(layers[parent], name, LowRank(layers[path], widths["linear"]))
         else:
-            _narrow_attention(layers[path], widths["qk"], widths["vo"])
+            _narrow_attention(layers[path], widths["heads"], widths["qk"], widths["vo"])
 
 
 def _dense_widths(layer: Any) -> dict[str, int]:
     if isinstance(layer, Attention) and layer.norm_q is None and layer.added_kv_proj_dim is None:
-        return dict.fromkeys(("qk", "vo"), layer.to_q.out_features // layer.heads)
+        return {"heads": layer.heads, **dict.fromkeys(("qk", "vo"), layer.to_q.out_features // layer.heads)}
     if isinstance(layer, FeedForward) and isinstance(layer.net[0], GEGLU):
         return {"ffn": layer.net[0].proj.out_features // 2}
+    if isinstance(layer, nn.Linear):
+        return {"linear": min(layer.in_features, layer.out_features)}
     return {}
 
 
-def _narrow_attention(layer: Any, qk: int, vo: int) -> None:
-    """Leaves what `Attention(dim_head=qk)` would be, and everything else of the dense layer as it was."""
+def _narrow_attention(layer: Any, heads: int, qk: int, vo: int) -> None:
+    """Leaves what `Attention(heads, dim_head=qk)` would be, and everything else of the dense layer as it was."""
+    layer.heads = layer.sliceable_head_dim = heads
     layer.inner_dim = layer.inner_kv_dim = layer.heads * qk
     layer.scale = qk**-0.5 if layer.scale_qk else 1.0
     layer.to_q = _linear(layer.to_q, layer.to_q.in_features, layer.heads * qk)

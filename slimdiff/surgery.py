@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimdiff.groups import Group, find_groups, names
+from slimdiff.groups import KINDS, Group, find_groups, names
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.solution import Factors, Solution
 
@@ -20,28 +20,29 @@ def slim_weights(unet: nn.Module, group: Group, factors: Factors, padded: bool =
     `padded` keeps the dense shapes, zeros where the cut was: the same function, for the dense UNet. Without it the
     queries carry `√(r / d_h)`, so that the stock softmax scale `1/√r` of a head of width r is right.
     """
-    where = names(unet, group)
-    state = unet.state_dict()
+    where, state = names(unet, group), unet.state_dict()
     weights: dict[str, Tensor] = {}
-    maps = factors.into if group.kind != "ffn" else (factors.into[0],) * len(where.into)
-    for i, ((weight, bias), map_) in enumerate(zip(where.into, maps, strict=True)):
-        for name in (weight, bias):
-            if name is None:
-                continue
-            dense = state[name]
+    for i, pair in enumerate(where.into):
+        for name in filter(None, pair):
             if group.kind == "ffn":
-                value = _gated_rows(dense, map_, group.width, padded)
+                weights[name] = _gated_rows(state[name], factors.into[0], group.width, padded)
+            elif group.kind == "heads":
+                weights[name] = _rows_of_heads(state[name], factors.into[0], group.heads, padded)
             else:
-                value = _mapped_rows(dense, map_, group, padded)
-                if group.kind == "qk" and i == 0 and not padded:
-                    value = value * (map_.shape[1] / group.width) ** 0.5
-            weights[name] = value.to(dense.dtype)
+                weights[name] = _mapped_rows(state[name], factors.into[i], group, padded)
+    if group.kind == "qk" and not padded:
+        for name in filter(None, where.into[0]):
+            weights[name] = weights[name] * (factors.into[0].shape[1] / group.width) ** 0.5
     if where.out is not None and factors.out is not None:
         weight, bias = where.out
-        weights[weight] = (_padded_columns(factors, group) if padded else factors.out).to(state[weight].dtype)
+        if group.kind == "linear" and not padded:
+            weights[weight], weights[weight.removesuffix("weight") + "inner.weight"] = factors.out, factors.into[0]
+        else:
+            weights[weight] = _padded_columns(factors, group) if padded else factors.out
         if bias is not None and factors.bias is not None:
-            weights[bias] = (state[bias].double() + factors.bias).to(state[bias].dtype)
-    return weights
+            weights[bias] = state[bias].double() + factors.bias
+    dtype = next(unet.parameters()).dtype
+    return {name: value.to(dtype) for name, value in weights.items()}
 
 
 def _mapped_rows(dense: Tensor, map_: Tensor, group: Group, padded: bool) -> Tensor:
@@ -57,15 +58,24 @@ def _gated_rows(dense: Tensor, kept: Tensor, f: int, padded: bool) -> Tensor:
     return dense if padded else dense[torch.cat([kept, kept + f])]
 
 
+def _rows_of_heads(dense: Tensor, kept: Tensor, heads: int, padded: bool) -> Tensor:
+    """The rows of the kept heads of `dense`, (h d_h, ...)."""
+    return dense if padded else dense.unflatten(0, (heads, -1))[kept].flatten(0, 1)
+
+
 def _padded_columns(factors: Factors, group: Group) -> Tensor:
+    """The outgoing weight in its dense shape: zeros for what is no longer there."""
     out = factors.out
     assert out is not None
-    if group.kind == "ffn":
-        full = out.new_zeros(out.shape[0], group.width)
-        full[:, factors.into[0]] = out
-        return full
-    by_head = out.unflatten(1, (group.heads, -1))
-    return nn.functional.pad(by_head, (0, group.width - by_head.shape[2])).flatten(1)
+    if group.kind == "linear":
+        return out @ factors.into[0]
+    if group.kind == "vo":
+        by_head = out.unflatten(1, (group.heads, -1))
+        return nn.functional.pad(by_head, (0, group.width - by_head.shape[2])).flatten(1)
+    by_unit = out.unflatten(1, (len(factors.into[0]), -1))
+    full = out.new_zeros(out.shape[0], group.width, by_unit.shape[2])
+    full[:, factors.into[0]] = by_unit
+    return full.flatten(1)
 
 
 @contextmanager
@@ -90,7 +100,7 @@ def build(
 
     Weights that do not change are shared with `unet`.
     """
-    groups = {group.name: group for group in find_groups(unet)}
+    groups = {g.name: g for kinds in (KINDS, ("heads",), ("linear",)) for g in find_groups(unet, kinds=kinds)}
     cut = {name: rank for name, rank in ranks.items() if rank < groups[name].width}
     with torch.device("meta"):
         slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut)
