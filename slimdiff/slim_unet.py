@@ -147,7 +147,8 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
     `slim_format`: version of this description.
 
     Cut layers are the stock ones with smaller matrices; only attention with two different widths has its own class,
-    `UnequalAttention`, and matrices in factors, `LowRank`. Raises ValueError for groups or widths that the dense UNet does not have.
+    `UnequalAttention`, and matrices in factors, `LowRank`. Raises ValueError for groups or widths that the dense UNet
+    does not have.
     """
 
     code = Path(__file__).read_bytes()
