@@ -56,6 +56,7 @@ def test_captions_and_scenes_are_inverses():
         "a small pink circle in the centre on a white background",
         "a small red circle beside a large blue square on a white background",
         "a small red circle on the left and a large blue square at the top on a white background",
+        "a small red circle on the right and a large blue square on the left on a white background",
     ],
 )  # fmt: skip
 def test_other_texts_are_no_scenes(text):
@@ -86,7 +87,7 @@ def test_each_attribute_is_scored_on_its_own():
         "shape": Scene((Thing("large", "red", "cross"), other), "on the left", "white"),
         "colour": Scene((Thing("large", "green", "square"), other), "on the left", "white"),
         "size": Scene((Thing("small", "red", "square"), other), "on the left", "white"),
-        "position": Scene((one, other), "on the right", "white"),
+        "position": Scene((one, other), "at the top", "white"),
         "background": Scene((one, other), "on the left", "black"),
     }
     perfect = score(draw(asked, random.Random(5)), asked)

@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=320_000, help="training samples the UNet sees")
     parser.add_argument("--batch", type=int, default=64, help="over all processes")
     parser.add_argument("--rate", type=float, default=7e-4)
-    parser.add_argument("--ema", type=float, default=0.9995, help="decay of the weights' moving average per step")
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average per step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -290,8 +290,10 @@ def main() -> None:
         noisy = scheduler.add_noise(clean, noise, t)
         target = noise if args.prediction == "epsilon" else scheduler.get_velocity(clean, noise, t)
         error = (unet(noisy, t, states).sample.float() - target).square().mean((1, 2, 3))
-        snr = alphas[t] / (1 - alphas[t])  # min-SNR weighting, gamma = 5 (arXiv 2303.09556)
-        weight = snr.clamp(max=5) / (snr if args.prediction == "epsilon" else snr + 1)
+        # min-SNR weighting, gamma = 5 (arXiv 2303.09556), with a floor: at the noise levels where things find their
+        # places, an error in the picture is next to no error in the noise
+        snr = alphas[t] / (1 - alphas[t])
+        weight = snr.clamp(0.1, 5) / (snr if args.prediction == "epsilon" else snr + 1)
         return (weight * error).mean()
 
     averaged = {"unet": copy.deepcopy(unet).requires_grad_(False), "text": copy.deepcopy(text).requires_grad_(False)}
