@@ -22,6 +22,7 @@ from slimdiff.recipe import Recipe
 from slimdiff.source import Source
 from slimdiff.states import recorded
 from slimdiff.statistics import Statistics, StatisticsFile
+from slimdiff.timesteps import Clock, weights
 
 SAVE_EVERY = 120.0
 """Seconds between two saves of the partial file."""
@@ -68,7 +69,7 @@ def calibrate(
     """
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
-    groups = find_groups(pipe.unet)
+    groups = find_groups(pipe.unet) + (find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else [])
     statistics = Statistics(source.reference, source.variant, fingerprint(pipe.unet), recipe)
     if output.exists() and not force:
         if _is_this(output, statistics):
@@ -80,7 +81,7 @@ def calibrate(
     first = statistics.done
     batch_size = batch_size or automatic_batch_size(pipe, recipe)
     pipe.scheduler.set_timesteps(recipe.steps)
-    calls = len(pipe.scheduler.timesteps)
+    calls, shares = len(pipe.scheduler.timesteps), weights(recipe.timestep_weights, pipe.scheduler)
     saved = time.monotonic()
     with (
         tqdm(total=len(recipe.prompts) * calls, initial=first * calls, unit="step", disable=None, desc="calibrate",
@@ -89,13 +90,15 @@ def calibrate(
     ):  # fmt: skip
 
         def step(index: int) -> None:
+            clock.tick(index)
             bar.update(len(chosen))
 
         for start in range(first, len(recipe.prompts), batch_size):
             chosen = range(start, min(start + batch_size, len(recipe.prompts)))
             conditioning = encode(pipe, [recipe.prompts[i] for i in chosen], [recipe.negatives[i] for i in chosen])
+            clock = Clock(shares)
             with (
-                captured(pipe.unet, groups, statistics.grams),
+                captured(pipe.unet, groups, statistics.grams, clock.weight),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
             ):
                 latents = sample(

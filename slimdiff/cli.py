@@ -2,112 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slimdiff import __version__, outputs
-from slimdiff.errors import SlimdiffError
+from slimdiff.options import INFLUENCES, METHODS
+from slimdiff.parameters import GROUPS, PATH, SHARE, SIZES, command, model_options, picture_options
 from slimdiff.recipe import SCHEDULERS
-
-PATH = click.Path(path_type=Path)
-KINDS = ("qk", "vo", "ffn")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-
-
-class Parsed(click.ParamType):
-    """A value read by a function whose ValueError is what the user is told."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self.parse = name, parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self.parse(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = float("nan")
-    if not 0 <= share < 1:
-        raise ValueError(
-            f"'{text}' is not a share to remove: at least 0 (which changes nothing) and below 1, as in 0.35."
-        )
-    return share
-
-
-def _kinds(text: str) -> tuple[str, ...]:
-    kinds = tuple(part.strip() for part in text.split(","))
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"'{unknown[0]}' is not a kind of group; choose from {', '.join(KINDS)}.")
-    return kinds
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
-        raise ValueError(f"'{text}' is not a list of batch sizes, as in 1,4.")
-    return tuple(int(part) for part in text.split(","))
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn a SlimdiffError into its text and exit code 1, and being out of GPU memory into advice."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-        try:
-            function(*args, **kwargs)
-        except SlimdiffError as error:
-            failure: Any = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise click.ClickException("The GPU is out of memory. Lower --batch-size, or use --device cpu.") from error
-
-    return run
-
-
-def _model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every command that runs a model takes."""
-    for option in (
-        click.option(
-            "--dtype", type=click.Choice(DTYPES), default="auto",
-            help="Dtype to run in, and of what compress writes; auto runs float16 on CUDA, float32 on the CPU, and "
-            "writes the dtype of the dense weights."
-        ),
-        click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto prefers CUDA."),
-        click.option("--variant", help="Variant of the dense model's weights, such as fp16."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _picture_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every command that paints pictures takes; without them the model family's own values count."""
-    for option in (
-        click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels."),
-        click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels."),
-        click.option("--guidance-scale", type=float, help="Classifier-free guidance scale."),
-        click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture."),
-        click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts only."),
-        click.option("--column", default="prompt", help="Prompt column of a .csv or .jsonl file."),
-        click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv or .jsonl."),
-    ):
-        command = option(command)
-    return command
 
 
 def _say(text: str) -> None:
@@ -132,16 +35,17 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", required=False)
-@_picture_options
+@picture_options
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="Sampler.  [default: the checkpoint's own]")
 @click.option("--seed", default=0, help="Prompt i starts from the noise of seed + i.")
 @click.option("--batch-size", default="auto", help="Prompts at once; changes speed, not results.")
-@_model_options
+@model_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
+@click.option("--baselines", is_flag=True, help="Also sum what 'compress --method paper' and 'svd-llm' need.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
 @click.option("-o", "--output", type=PATH, help="Statistics.  [default: slimdiff-out/<model>/statistics.safetensors]")
-@_command
+@command
 def calibrate(
     model: str | None,
     prompts: Path | None,
@@ -187,7 +91,7 @@ def calibrate(
 
 @main.command()
 @click.argument("statistics", required=False, type=PATH)
-@click.option("--budget", type=Parsed("share", _share), default=0.35, help="Share to remove, at least 0, below 1.")
+@click.option("--budget", type=SHARE, default=0.35, help="Share to remove, at least 0, below 1.")
 @click.option(
     "--budget-of",
     "of",
@@ -198,9 +102,8 @@ def calibrate(
 @click.option(
     "--groups",
     "kinds",
-    type=Parsed("kinds", _kinds),
-    default=",".join(KINDS),
-    help="Kinds to cut: query-key, value-output, feed-forward.",
+    type=GROUPS,
+    help="Kinds to cut: query-key, value-output, feed-forward.  [default: qk,vo,ffn]",
 )
 @click.option("--independent-ranks", is_flag=True, help="Let query-key and value-output widths of one layer differ.")
 @click.option(
@@ -215,10 +118,17 @@ def calibrate(
     help="Least share of its width that a group keeps.",
 )
 @click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="slimdiff",
+    help="slimdiff's own solves, or a baseline to compare with; docs/quality.md says what each is.",
+)
+@click.option(
     "--influence",
-    type=click.Choice(["sampler", "local"]),
-    default="sampler",
-    help="Weigh errors by what they do to the final latents (probed once, then cached), or not at all.",
+    type=click.Choice(INFLUENCES),
+    help="What decides the widths: errors weighed by what they do to the final latents or to the predicted noise "
+    "(probed once, then cached), local errors as they are, the same share of every group, or the same share of every "
+    "group's energy.  [default: sampler; each baseline's own]",
 )
 @click.option("--probe-prompts", type=click.IntRange(1, 32), default=8, help="Prompts to probe with.")
 @click.option("--probe-steps", type=click.IntRange(1), default=10, help="Sampler steps of a probe.")
@@ -228,11 +138,11 @@ def calibrate(
     help="Refit output projections on calibration states; a layer keeps its refit if held-out states agree.",
 )
 @click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
-@_model_options
+@model_options
 @click.option("--dry-run", is_flag=True, help="Print the plan, group by group, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing slim checkpoint.")
 @click.option("-o", "--output", type=PATH, help="Slim checkpoint.  [default: slim-<budget> beside the statistics]")
-@_command
+@command
 def compress(
     statistics: Path | None,
     model: str | None,
@@ -260,7 +170,7 @@ def compress(
         _say(f"statistics: {statistics}")
     file = StatisticsFile(statistics)
     options = Options(**choices)
-    output = output or outputs.slim_path(statistics, options.budget, options.of)
+    output = output or outputs.slim_path(statistics, options.budget, options.of, options.method)
     if not dry_run:
         checkpoint.check_output(output, force)
     on = pipeline.device_of(device)
@@ -281,14 +191,14 @@ def compress(
 @main.command()
 @click.argument("slim", required=False, type=PATH)
 @click.option("--dense", help="Dense model.  [default: the one the slim checkpoint was made from]")
-@_picture_options
+@picture_options
 @click.option("--seed", default=10_000, help="Prompt i starts from the noise of seed + i.")
-@click.option("--batch-sizes", type=Parsed("sizes", _sizes), default="1,4", help="Pictures at once, for latency.")
+@click.option("--batch-sizes", type=SIZES, default="1,4", help="Pictures at once, for latency.")
 @click.option("--repeats", type=click.IntRange(3), default=20, help="Timed pairs for each latency.")
-@_model_options
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 @click.option("-o", "--output", type=PATH, help="Report folder.  [default: bench-<budget> beside the checkpoint]")
-@_command
+@command
 def bench(
     slim: Path | None,
     dense: str | None,

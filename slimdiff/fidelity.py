@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.demo import scenes
-from slimdiff.influence import relative_error
+from slimdiff.influence import guided, relative_error
 from slimdiff.measured import Fidelity, Picture, Settings, psnr_of
 from slimdiff.pipeline import encode, sample
 from slimdiff.report.wording import ordinal
@@ -111,14 +111,6 @@ def compared(
         yield
     finally:
         handle.remove()
-
-
-def guided(prediction: Tensor, prompts: int, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: (2 prompts, C, H, W), negative half first, or (prompts, C, H, W) -> the latter."""
-    if prediction.shape[0] == prompts:
-        return prediction.float()
-    negative, positive = prediction.float().chunk(2)
-    return negative + guidance_scale * (positive - negative)
 
 
 @torch.no_grad()

@@ -169,6 +169,12 @@ def probes(unet: nn.Module, group: Group) -> list[Probe]:
     return [Probe(_output_key(group.module, group.kind), out, "input", 1, out.in_features)]
 
 
+def inputs(unet: nn.Module, group: Group) -> list[str]:
+    """Keys of the tokens that each matrix into an attention layer's group multiplies, in the order of `Names.into`."""
+    matrices = {"qk": ("to_q", "to_k"), "vo": ("to_v",)}[group.kind]
+    return [_input_key(unet, group.module, matrix) for matrix in matrices]
+
+
 def _parent(linear: str) -> str:
     """Path of the attention or feed-forward layer that a matrix belongs to."""
     for end in (".to_q", ".to_k", ".to_v", ".to_out.0", ".net.0.proj", ".net.2"):

@@ -14,9 +14,10 @@ def statistics_path(model: str) -> Path:
     return ROOT / model / "statistics.safetensors"
 
 
-def slim_path(statistics: Path, budget: float, of: str) -> Path:
-    """Beside the statistics: `slim-0.35`, or `slim-0.35-macs` where the budget is not of the groups' parameters."""
-    return statistics.parent / (f"slim-{budget:g}" + ("" if of == "groups" else f"-{of}"))
+def slim_path(statistics: Path, budget: float, of: str, method: str) -> Path:
+    """Beside the statistics: `slim-0.35`, with what is unusual about it behind, as in `slim-0.35-macs-svd`."""
+    usual = ("groups", "slimdiff")
+    return statistics.parent / "-".join(["slim", f"{budget:g}", *(part for part in (of, method) if part not in usual)])
 
 
 def report_path(slim: Path) -> Path:

@@ -22,7 +22,8 @@ def short(number: float) -> str:
 @dataclass(frozen=True)
 class Entry:
     """One group's part. Errors are relative and squared: `local_error` of the group's own outputs in closed form,
-    `final_error` what that is predicted to do to the final latents. Parameters and MACs are before and after."""
+    `final_error` what that is predicted to do to the final latents (or to the predicted noise, as `influence` has it;
+    None where nothing was probed). Parameters and MACs are before and after."""
 
     group: str
     kind: str
@@ -31,8 +32,7 @@ class Entry:
     params: tuple[int, int]
     macs: tuple[int, int]
     local_error: float
-    influence: float
-    final_error: float
+    final_error: float | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Plan:
     """`budget` is the share to remove `of` ("groups", "unet" or "macs"); `achieved` the same share as it came out.
 
     `provenance` names what it was made from: model, fingerprint, statistics, versions, options. `refits` holds, for
-    each layer that was refined, the held-out error after over before.
+    each layer that was refined, the held-out error after over before. `predicted_error` of the final latents, and the
+    `lower_bound` on what any widths could predict, are None where widths were not chosen by it.
     """
 
     budget: float
@@ -49,8 +50,8 @@ class Plan:
     entries: tuple[Entry, ...]
     unet_params: tuple[int, int]
     unet_macs: tuple[int, int]
-    predicted_error: float
-    lower_bound: float
+    predicted_error: float | None
+    lower_bound: float | None
     provenance: dict[str, Any]
     refits: dict[str, float] = field(default_factory=dict)
 
@@ -94,9 +95,8 @@ class Plan:
             width = f"{e.width} -> {e.rank}" if e.rank < e.width else f"{e.width}"
             params = f"{e.params[0]:,} -> {e.params[1]:,}" if e.rank < e.width else f"{e.params[0]:,}"
             share = (e.params[0] - e.params[1]) / saved
-            lines.append(
-                f"{e.group:{name}}  {width:>11}  {params:>23}  {e.local_error:8.1e}  {e.final_error:8.1e}  {share:8.1%}"
-            )
+            final = "-" if e.final_error is None else f"{e.final_error:.1e}"
+            lines.append(f"{e.group:{name}}  {width:>11}  {params:>23}  {e.local_error:8.1e}  {final:>8}  {share:8.1%}")
         return "\n".join([*lines, "", *self.summary()])
 
     def summary(self) -> list[str]:
@@ -106,12 +106,16 @@ class Plan:
         def change(what: str, before: int, after: int) -> str:
             return f"{what:22} {short(before):>7} -> {short(after):>7}  ({after / before - 1:+.1%})"
 
-        return [
+        lines = [
             change("parameters of groups", *groups),
             change("parameters of UNet", *self.unet_params),
             change("MACs of groups", *macs),
             change("MACs of UNet", *self.unet_macs),
             f"budget                 {self.budget:.1%} of {self.of}, achieved {self.achieved:.2%}",
-            f"predicted error        {self.predicted_error:.2e} of the final latents (no choice of widths below "
-            f"{self.lower_bound:.2e})",
         ]
+        if self.predicted_error is not None:
+            lines.append(
+                f"predicted error        {self.predicted_error:.2e} of the final latents (no choice of widths below "
+                f"{self.lower_bound:.2e})"
+            )
+        return lines

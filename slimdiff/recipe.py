@@ -29,7 +29,8 @@ class Recipe:
     """Everything that decides what calibration sees, but for the model.
 
     Prompt i runs from seed `seed + i` with `negatives[i]`; `height` and `width` are pixels; `scheduler` is a key of
-    SCHEDULERS or None for the checkpoint's own.
+    SCHEDULERS or None for the checkpoint's own; `timestep_weights` is one of `timesteps.WEIGHTINGS`; `baselines` adds
+    what only the baseline methods need.
     """
 
     family: str
@@ -41,6 +42,8 @@ class Recipe:
     width: int
     scheduler: str | None = None
     seed: int = 0
+    timestep_weights: str = "uniform"
+    baselines: bool = False
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

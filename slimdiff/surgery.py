@@ -42,7 +42,7 @@ def slim_weights(unet: nn.Module, group: Group, factors: Factors, padded: bool =
         if bias is not None and factors.bias is not None:
             weights[bias] = state[bias].double() + factors.bias
     dtype = next(unet.parameters()).dtype
-    return {name: value.to(dtype) for name, value in weights.items()}
+    return {name: value.to(dtype).contiguous() for name, value in weights.items()}
 
 
 def _mapped_rows(dense: Tensor, map_: Tensor, group: Group, padded: bool) -> Tensor:

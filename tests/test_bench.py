@@ -99,7 +99,7 @@ def perturbed(pipe: StableDiffusionPipeline, amount: float) -> StableDiffusionPi
 
 def plan_of(unet: UNet2DConditionModel, share: float = 1.0) -> Plan:
     entries = tuple(
-        Entry(g.name, g.kind, g.width, max(1, int(g.width * share)), (g.params, g.params), (0, 0), 1e-3, 1.0, 1e-3)
+        Entry(g.name, g.kind, g.width, max(1, int(g.width * share)), (g.params, g.params), (0, 0), 1e-3, 1e-3)
         for g in find_groups(unet)
     )
     return Plan(1 - share, "groups", 1 - share, entries, (1, 1), (1, 1), 0.02, 0.01, {"model": "owner/tiny"})

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from slimdiff.capture import captured
-from slimdiff.compress import solve
 from slimdiff.gram import Gram, Moments
 from slimdiff.groups import find_groups, probes
+from slimdiff.methods import METHODS, Evidence
 from slimdiff.solve.solution import Solution
 from slimdiff.surgery import build, slim_weights, truncated
 
@@ -69,8 +69,8 @@ def calibrated() -> tuple[UNet2DConditionModel, Grams, dict[str, Solution]]:
     with torch.no_grad():  # fresh layers have tiny weights and no biases to speak of
         for index, parameter in enumerate(unet.parameters()):
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
-    grams = capture(unet)
-    return unet, grams, {group.name: solve(unet, group, grams) for group in find_groups(unet)}
+    grams, solve = capture(unet), METHODS["slimdiff"].solve
+    return unet, grams, {g.name: solve(Evidence(unet, g, grams.moments)) for g in find_groups(unet)}
 
 
 def test_nothing_is_left_behind_and_nothing_changes():

@@ -11,9 +11,9 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.plan import Entry, Plan, short
 
 ENTRIES = (
-    Entry("down.attn1.qk", "qk", 40, 32, (1000, 800), (4000, 3200), 0.01, 2.0, 0.02),
-    Entry("down.attn1.vo", "vo", 40, 40, (1000, 1000), (4000, 4000), 0.0, 3.0, 0.0),
-    Entry("down.ff.ffn", "ffn", 1280, 64, (3000, 150), (9000, 450), 0.25, 1.0, 0.25),
+    Entry("down.attn1.qk", "qk", 40, 32, (1000, 800), (4000, 3200), 0.01, 0.02),
+    Entry("down.attn1.vo", "vo", 40, 40, (1000, 1000), (4000, 4000), 0.0, None),
+    Entry("down.ff.ffn", "ffn", 1280, 64, (3000, 150), (9000, 450), 0.25, 0.25),
 )
 PLAN = Plan(
     budget=0.5, of="groups", achieved=0.61, entries=ENTRIES, unet_params=(859_500_000, 859_496_950),

@@ -49,11 +49,6 @@ class Report:
             ),
         ]  # fmt: skip
 
-    def predicted_drift(self) -> float | None:
-        """The plan's own, None if it only knows the errors of single layers."""
-        is_local = self.plan.provenance.get("options", {}).get("influence") == "local"
-        return None if is_local else self.plan.predicted_error
-
     def size_rows(self) -> list[Row]:
         size = self.size
         dense, slim = size.macs
@@ -128,7 +123,7 @@ class Report:
 
     def notes(self) -> list[str]:
         """What the numbers mean, in whole sentences."""
-        s, foreseen = self.settings, self.predicted_drift()
+        s, foreseen = self.settings, self.plan.predicted_error
         predicted = "" if foreseen is None else f" The plan predicted a drift of {percent(foreseen)}."
         notes = [
             f"Drift is the squared difference of the final latents relative to the dense ones, over {len(s.prompts)} "
@@ -164,7 +159,7 @@ class Report:
         data: dict[str, Any] = {
             "format": FORMAT,
             "headline": "".join(text for text, _ in self.headline()),
-            "picture": {"speedup": asdict(last.speedup), **beside, "predicted_drift": self.predicted_drift()},
+            "picture": {"speedup": asdict(last.speedup), **beside, "predicted_drift": self.plan.predicted_error},
             "settings": asdict(s),
             "size": asdict(self.size),
             "speed": [{"what": t.what, "speedup": asdict(t.speedup), **beside, **asdict(t)} for t in self.speed],

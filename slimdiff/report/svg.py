@@ -9,7 +9,7 @@ from html import escape
 from slimdiff.plan import Entry
 from slimdiff.report.wording import percent
 
-KINDS = {"qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward"}
+KINDS = {"qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward", "heads": "Heads", "linear": "Matrices"}
 PARTS = ("down", "mid", "up")
 
 
@@ -110,7 +110,9 @@ def _widths(title: str, parts: Mapping[str, Sequence[Entry]]) -> str:
     for entries in parts.values():
         for e in entries:
             share = 100 * e.rank / e.width
-            text = f"{e.group}\nwidth {e.width} to {e.rank} ({share:.0f}%)\npredicted error {percent(e.final_error)}"
+            text = f"{e.group}\nwidth {e.width} to {e.rank} ({share:.0f}%)\nlocal error {percent(e.local_error)}"
+            if e.final_error is not None:
+                text += f"\npredicted in the picture {percent(e.final_error)}"
             bar = rectangle(x + 0.1, 0, 0.8, 100, "full") + rectangle(x + 0.1, 100 - share, 0.8, share, "kept")
             bars.append(hover(bar, text))
             x += 1

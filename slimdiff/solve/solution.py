@@ -14,8 +14,12 @@ class Factors:
 
     `into` holds one map per incoming projection that acts on the rows of its weight and bias: (h, r, d_h) per head for
     attention, or the kept hidden units (r,) as int64 for a feed-forward layer. `out` is the outgoing weight, (C, h r)
-    or (C, r), and `bias` what has to be added to the outgoing bias, (C,); both are None for query-key groups, which
-    have nothing outgoing.
+    or (C, r), and `bias` what has to be added to the outgoing bias, (C,), None where that is nothing; both are None for
+    query-key groups, which have nothing outgoing.
+
+    Where whole heads are the width, `into` holds the kept heads (r,) as int64, and `out` is (C, r d_h). Where a single
+    matrix is the group, its rank is the width: `into` holds the inner matrix (r, d_in), and `out` is the outer one,
+    (d_out, r).
     """
 
     into: tuple[Tensor, ...]

@@ -1,0 +1,186 @@
+"""The ways to compress: slimdiff's own and the field's baselines, all through the same surgery, checkpoint and bench.
+
+A method says what it cuts, how it solves a group, and how its widths are chosen unless the user says otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slimdiff.errors import StatisticsError
+from slimdiff.gram import Moments
+from slimdiff.groups import KINDS, Group, Kind, inputs, names, probes
+from slimdiff.options import Influence, MethodName
+from slimdiff.solve import selection
+from slimdiff.solve.ffn import leverage, solve_ffn
+from slimdiff.solve.heads import solve_heads
+from slimdiff.solve.linear import solve_linear
+from slimdiff.solve.qk import solve_qk
+from slimdiff.solve.solution import Solution
+from slimdiff.solve.vo import solve_vo
+from slimdiff.solve.whitening import whiten_vo
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a solve goes by: one group of a UNet, and the moments of statistics by key."""
+
+    unet: nn.Module
+    group: Group
+    moments: Callable[[str], Moments]
+
+    def seen(self) -> list[Moments]:
+        """Of the group's own statistics, in the order of `groups.probes`."""
+        return [self.moments(probe.key) for probe in probes(self.unet, self.group)]
+
+    def inner(self) -> Moments:
+        """Of the tokens that leave the group through its outgoing matrix, as one head."""
+        found = self.seen()[-1]
+        return Moments(found.covariance[0], found.mean[0], found.count)
+
+    def weight(self, i: int = 0) -> Tensor:
+        """The i-th matrix into the group."""
+        return self.unet.state_dict()[names(self.unet, self.group).into[i][0]].double()
+
+    def by_head(self, i: int = 0) -> Tensor:
+        """The i-th matrix into the group, (h, d_h, C)."""
+        return self.weight(i).unflatten(0, (self.group.heads, -1))
+
+    def out(self) -> tuple[Tensor, bool]:
+        """The outgoing matrix, and whether it has a bias."""
+        where = names(self.unet, self.group).out
+        assert where is not None
+        return self.unet.state_dict()[where[0]].double(), where[1] is not None
+
+    def projected(self, i: int = 0) -> Tensor:
+        """Second moments of what the i-th matrix into the group makes of its inputs, (h, d_h, d_h), not centred."""
+        bias = names(self.unet, self.group).into[i][1]
+        return self.moments(inputs(self.unet, self.group)[i]).through(
+            self.weight(i), None if bias is None else self.unet.state_dict()[bias], self.group.heads
+        ).second  # fmt: skip
+
+
+Solve = Callable[[Evidence], Solution]
+
+
+@dataclass(frozen=True)
+class Method:
+    """`inputs` says whether it needs the layers' inputs (`slimdiff calibrate --baselines`), `sequential` whether its
+    groups are solved one package after the other, each on what the packages cut before really feed it."""
+
+    kinds: tuple[Kind, ...]
+    influence: Influence
+    solve: Solve
+    inputs: bool = False
+    sequential: bool = False
+
+    def check(self, name: str, has_inputs: bool) -> None:
+        """Raises StatisticsError if the statistics lack what the method needs."""
+        if self.inputs and not has_inputs:
+            raise StatisticsError(
+                f"--method {name} needs the layers' inputs, which these statistics do not hold. Run 'slimdiff "
+                "calibrate --baselines'."
+            )
+
+
+def _slimdiff(evidence: Evidence) -> Solution:
+    if evidence.group.kind == "qk":
+        queries, keys = evidence.seen()
+        return solve_qk(queries.second, keys.second)
+    weight, has_bias = evidence.out()
+    if evidence.group.kind == "vo":
+        return solve_vo(evidence.inner(), weight, evidence.group.heads, has_bias)
+    return solve_ffn(evidence.inner(), weight, has_bias)
+
+
+def _paper(evidence: Evidence) -> Solution:
+    """Whitening SVD from the covariances of the inputs, Nyström by ridge leverage scores; no bias is corrected."""
+    if evidence.group.kind == "qk":
+        return solve_qk(evidence.projected(0), evidence.projected(1))
+    if evidence.group.kind == "vo":
+        return whiten_vo(evidence.projected(), evidence.out()[0])
+    return solve_ffn(evidence.inner(), evidence.out()[0], has_bias=False, choose=leverage)
+
+
+def _obs(evidence: Evidence) -> Solution:
+    """Whole heads and hidden units by optimal brain surgery, with compensation."""
+    weight, _ = evidence.out()
+    if evidence.group.kind == "heads":
+        return solve_heads(evidence.inner().second, weight, evidence.group.heads)
+    return solve_ffn(evidence.inner(), weight, has_bias=False)
+
+
+def _svd_llm(evidence: Evidence) -> Solution:
+    """Every matrix alone, whitened by its inputs."""
+    return solve_linear(evidence.inner().second, evidence.out()[0])
+
+
+def _svd(evidence: Evidence) -> Solution:
+    """The products of the query-key and the value-output matrices, and each feed-forward matrix, without statistics."""
+    if evidence.group.kind == "qk":
+        queries, keys = evidence.by_head(0), evidence.by_head(1)
+        return solve_qk(queries @ queries.mT, keys @ keys.mT)
+    weight, _ = evidence.out()
+    if evidence.group.kind == "vo":
+        values = evidence.by_head()
+        return whiten_vo(values @ values.mT, weight)
+    return solve_linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
+
+
+def _selecting(score: Callable[[Evidence], Tensor]) -> Solve:
+    """Keep the dimensions of highest score as they are."""
+
+    def solve(evidence: Evidence) -> Solution:
+        scores = score(evidence)
+        if evidence.group.kind == "qk":
+            queries, keys = evidence.seen()
+            return selection.select_qk(scores, queries.second, keys.second)
+        second, weight = evidence.inner().second, evidence.out()[0]
+        if evidence.group.kind == "vo":
+            return selection.select_vo(scores, second, weight)
+        return selection.select_ffn(scores.flatten(), second, weight)
+
+    return solve
+
+
+def _shaped(evidence: Evidence, scores: Tensor) -> Tensor:
+    """(h, d_h)"""
+    return scores.view(evidence.group.heads, evidence.group.width)
+
+
+def _wanda(evidence: Evidence) -> Tensor:
+    if evidence.group.kind == "qk":
+        queries, keys = evidence.seen()
+        return selection.wanda_qk(queries.second, keys.second)
+    return _shaped(evidence, selection.wanda(evidence.inner().second, evidence.out()[0]))
+
+
+def _magnitude(evidence: Evidence) -> Tensor:
+    if evidence.group.kind == "qk":
+        return _shaped(evidence, selection.magnitude(evidence.weight(0), evidence.weight(1)))
+    into, out = evidence.weight(), evidence.out()[0]
+    if evidence.group.kind == "ffn":
+        into = torch.cat(into.chunk(2), 1)  # both halves of the GEGLU
+    return _shaped(evidence, selection.magnitude(into, out.mT))
+
+
+def _random(evidence: Evidence) -> Tensor:
+    seed = int(hashlib.sha256(evidence.group.name.encode()).hexdigest()[:8], 16)
+    return selection.random(evidence.group.heads, evidence.group.width, seed=seed)
+
+
+METHODS: dict[MethodName, Method] = {
+    "slimdiff": Method(KINDS, "sampler", _slimdiff),
+    "paper": Method(KINDS, "energy", _paper, inputs=True),
+    "obs": Method(("heads", "ffn"), "uniform", _obs, sequential=True),
+    "svd-llm": Method(("linear",), "uniform", _svd_llm, inputs=True),
+    "svd": Method(("qk", "vo", "linear"), "uniform", _svd),
+    "wanda": Method(KINDS, "uniform", _selecting(_wanda)),
+    "magnitude": Method(KINDS, "uniform", _selecting(_magnitude)),
+    "random": Method(KINDS, "uniform", _selecting(_random)),
+}

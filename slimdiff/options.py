@@ -1,0 +1,58 @@
+"""What a user may choose about a compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from slimdiff.errors import BudgetError
+
+Of = Literal["groups", "unet", "macs"]
+
+MethodName = Literal["slimdiff", "paper", "obs", "svd-llm", "svd", "wanda", "magnitude", "random"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
+
+Influence = Literal["sampler", "noise", "local", "uniform", "energy"]
+INFLUENCES: tuple[Influence, ...] = get_args(Influence)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compress.
+
+    `budget` is the share to remove, in [0, 1), `of` the groups' parameters, the whole UNet's parameters, or the groups'
+    MACs (without the zeros that pad unequal widths at run time). `kinds` are the kinds of groups to cut, None all that
+    the method cuts. `method` is one of METHODS. `round_to` is the step of head widths (feed-forward widths
+    take eight times that); None picks it by layer. `min_width` is the least share of its width a group keeps.
+    `independent_ranks` lets the query-key and value-output widths of one attention differ.
+
+    `influence` decides the widths: "sampler" and "noise" weigh local errors by what they do to the final latents or to
+    the predicted noise (probed with `probe_prompts` prompts, `probe_steps` sampler steps, at these `probe_shares` of
+    the width), "local" takes them as they are, "uniform" keeps the same share of every group, "energy" the same share
+    of every group's energy; None is the method's own. `refine` refits output projections on the calibration states
+    afterwards.
+
+    Raises BudgetError for shares that are none.
+    """
+
+    budget: float
+    of: Of = "groups"
+    kinds: tuple[str, ...] | None = None
+    method: MethodName = "slimdiff"
+    round_to: int | None = None
+    min_width: float = 0.125
+    independent_ranks: bool = False
+    influence: Influence | None = None
+    probe_prompts: int = 8
+    probe_steps: int = 10
+    probe_shares: tuple[float, ...] = (0.5,)
+    refine: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget < 1:
+            raise BudgetError(
+                f"A budget of {self.budget:g} was asked for; it is the share to remove, at least 0 "
+                "(which changes nothing) and below 1. Try --budget 0.35."
+            )
+        if not 0 < self.min_width <= 1:
+            raise BudgetError(f"--min-width {self.min_width:g} is not a share of the width: above 0, at most 1.")

@@ -1,0 +1,111 @@
+"""What the commands take, and how they fail: values from text, options that several share, errors as messages."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimdiff.errors import SlimdiffError
+
+PATH = click.Path(path_type=Path)
+KINDS = ("qk", "vo", "ffn")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class Parsed(click.ParamType):
+    """A value read by a function whose ValueError is what the user is told."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self.parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = float("nan")
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"'{text}' is not a share to remove: at least 0 (which changes nothing) and below 1, as in 0.35."
+        )
+    return share
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(part.strip() for part in text.split(","))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"'{unknown[0]}' is not a kind of group; choose from {', '.join(KINDS)}.")
+    return kinds
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
+        raise ValueError(f"'{text}' is not a list of batch sizes, as in 1,4.")
+    return tuple(int(part) for part in text.split(","))
+
+
+SHARE, GROUPS, SIZES = Parsed("share", _share), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn a SlimdiffError into its text and exit code 1, and being out of GPU memory into advice."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        try:
+            function(*args, **kwargs)
+        except SlimdiffError as error:
+            failure: Any = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise click.ClickException("The GPU is out of memory. Lower --batch-size, or use --device cpu.") from error
+
+    return run
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command that runs a model takes."""
+    for option in (
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="auto",
+            help="Dtype to run in, and of what compress writes; auto runs float16 on CUDA, float32 on the CPU, and "
+            "writes the dtype of the dense weights."
+        ),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto prefers CUDA."),
+        click.option("--variant", help="Variant of the dense model's weights, such as fp16."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def picture_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command that paints pictures takes; without them the model family's own values count."""
+    for option in (
+        click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels."),
+        click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels."),
+        click.option("--guidance-scale", type=float, help="Classifier-free guidance scale."),
+        click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture."),
+        click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts only."),
+        click.option("--column", default="prompt", help="Prompt column of a .csv or .jsonl file."),
+        click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv or .jsonl."),
+    ):
+        command = option(command)
+    return command
