@@ -250,9 +250,8 @@ def draw(rows: Sequence[Row], main: Sequence[Row], out: Path, captions: Sequence
     curves = {f"{b:g} of MACs": along(c, "prompts") for b in GOALS if (c := pick(counted, budget=b))}
     title = f"Final latents of {DEFAULT} (thick: median, thin: 90th percentile)"
     add("prompts.png", title, curves, "calibration prompts", True)
-    strips = {f"{way} {b:g} of MACs": strip(out, way, b) for b in SHEET_BUDGETS for way in (PLAIN, DEFAULT)}
-    strips = {label: file for label, file in strips.items() if file.is_file()}
-    if strips:
+    pairs = {f"{way} {b:g} of MACs": strip(out, way, b) for b in SHEET_BUDGETS for way in (PLAIN, DEFAULT)}
+    if strips := {label: file for label, file in pairs.items() if file.is_file()}:
         strips = {"dense": out / "pictures/dense.png", **strips}
         yardstick.contact_sheet(strips, captions, out / "pictures.png")
         drawn.append(("pictures.png", "The same noise and captions, dense and slim"))
@@ -288,14 +287,12 @@ def report(rows: Sequence[Row], main: Sequence[Row], model: str, drawn: Sequence
         ways = {way.name: i for i, way in enumerate(ablations())}
         chosen = [row for row in at_goals if row["way"] in ways and row["mode"] != "prompts"]
         chosen.sort(key=lambda row: ways[row["way"]])
-        parts += [
-            "## One idea changed, budgets of the groups' MACs (and how many times slimdiff's median)",
-            yardstick.grid(chosen, "way", against_default),
-        ]
+        parts += [f"## One idea changed, budgets of {OF['macs']} (and times the default's median)"]
+        parts += [yardstick.grid(chosen, "way", against_default)]
     if any(row["mode"] == "prompts" for row in rows):
         chosen = sorted((row for row in at_goals if row["way"] == DEFAULT), key=lambda row: row["prompts"])
         parts += [
-            "## Number of calibration prompts, budgets of the groups' MACs",
+            f"## Number of calibration prompts, budgets of {OF['macs']}",
             yardstick.grid(chosen, "prompts", errors),
         ]
     parts += [f"## {title}\n\n![{title}]({file})" for file, title in drawn]
@@ -339,7 +336,7 @@ def main() -> None:
         drawn = draw(rows, shown, args.output, bench.captions)
     except ModuleNotFoundError as error:
         drawn = []
-        say(f"no plots: {error}")
+        say(f"The report goes without pictures: {error}.")
     text = report(rows, shown, dense.reference, drawn)
     (args.output / "quality.md").write_text(text, encoding="utf-8")
     print(text.partition("## Predicted")[0])

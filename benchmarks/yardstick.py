@@ -311,7 +311,7 @@ def chart(curves: Mapping[str, Curve], path: Path, title: str, across: str, log_
     if log_across:
         ticks = sorted({point[0] for curve in curves.values() for point in curve})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     if across == "timestep":
         axes.invert_xaxis()
     axes.set(xlabel=across, ylabel="relative squared error")

@@ -217,7 +217,7 @@ def test_convex_curves_of_equal_steps_are_shared_out_optimally():
 def test_no_step_is_left_that_could_be_given_back(errors: Errors):
     rng = random.Random(2)
     for _ in range(150):
-        items = make_items(rng, errors)
+        items = make_items(rng, errors, 8, 8)
         required = rng.randint(1, most(items))
         found = allocate(items, required)
         for item, option in zip(items, chosen(items, found), strict=True):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from slimdiff import methods, pipeline, source
 from slimdiff.demo import scenes
+from slimdiff.groups import KINDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quality
@@ -160,6 +161,14 @@ def test_plots_and_contact_sheet(tmp_path: Path):
 def measured():
     pipe = pipeline.load(source.find(None))
     return pipe, yardstick.Yardstick(pipe, scenes.captions(2, seed=900, held_out=True), steps=2)
+
+
+def test_all_methods_remove_shares_of_the_same_whole(measured, tmp_path: Path):
+    bench = quality.Bench(measured[0], source.find(None), 2, 2, tmp_path)
+    held = {name: bench.held(method.kinds, "macs") for name, method in methods.METHODS.items()}
+    assert held["slimdiff"] == held["paper"] == held["obs"] == bench.held(KINDS, "macs")
+    assert held["svd-llm"] < held["slimdiff"]  # hence its budget is a larger share of its own groups
+    assert bench.held(("linear",), "unet") == bench.held(KINDS, "unet")
 
 
 def test_the_dense_unet_has_no_error_at_all(measured, tmp_path: Path):

@@ -143,7 +143,7 @@ def test_widths_stand_in_the_order_of_the_unet_with_their_errors() -> None:
     text = svg.width_plots(make_report().plan.entries)
     titles = re.findall(r"<title>(.+?)</title>", text, re.S)
     assert [t.split(".")[0] for t in titles[:3]] == ["down_blocks", "mid_block", "up_blocks"]
-    assert "width 8 to 6 (75%)" in titles[0] and "predicted error 1.2%" in titles[0]
+    assert "width 8 to 6 (75%)" in titles[0] and "predicted in the picture 1.2%" in titles[0]
     assert len(titles) == 6 and "not cut" in text
     kept = re.findall(r'height="([\d.]+)" class="kept"', text)
     assert [float(k) for k in kept[:3]] == [75.0, 50.0, 62.5]

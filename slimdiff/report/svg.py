@@ -9,7 +9,9 @@ from html import escape
 from slimdiff.plan import Entry
 from slimdiff.report.wording import percent
 
-KINDS = {"qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward", "heads": "Heads", "linear": "Matrices"}
+KINDS = {
+    "qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward", "heads": "Heads", "linear": "Matrices",
+}  # fmt: skip
 PARTS = ("down", "mid", "up")
 
 
