@@ -71,10 +71,10 @@ def required(unet_params: int, groups: Sequence[Group], options: Options) -> int
     most = held - sum(cost(group, allowed_widths(group, options)[-1], options.of) for group in groups)
     if wanted > most:
         what = "MACs" if options.of == "macs" else "parameters"
-        owner = "UNet" if options.of == "unet" else "groups"
+        owner = "UNet's" if options.of == "unet" else "groups'"
         kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
         raise BudgetError(
-            f"{options.budget:.1%} of the {owner}'s {short(whole)} {what} is {short(wanted)}. The groups {kinds} "
+            f"{options.budget:.1%} of the {owner} {short(whole)} {what} is {short(wanted)}. The groups {kinds} "
             f"hold {short(held)}, of which at most {short(most)} can go with --min-width {options.min_width:g}. "
             f"The most for this model is --budget {math.floor(1000 * most / whole) / 1000:g}."
         )
