@@ -64,7 +64,6 @@ def paint(pipe, captions, steps: int = 25) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="position is 0.730: see Known weakness in docs/demo-model.md", strict=True)
 def test_the_dense_miniature_paints_what_it_is_asked_for():
     marks = paint(pipeline.load(source.find(None)), scenes.captions(256, seed=11, held_out=True))
     assert marks["mean"] >= 0.90
