@@ -7,7 +7,7 @@
 
 Each measurement is a line of OUT/rows.jsonl and is not made twice; runs of different seeds may share OUT at the same
 time. The report, OUT/quality.md with its pictures, covers all rows of this --model, --prompts, --steps and --captions;
-pictures of the contact sheet are those of seed 0. Plots need matplotlib (the extra `plots`), nothing else does.
+pictures of the contact sheet are those of seed 0. Plots need matplotlib (in the extra `dev`), nothing else does.
 """
 
 from __future__ import annotations
