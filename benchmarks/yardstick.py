@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from slimdiff.demo import scenes
-from slimdiff.fidelity import decode, guided, mean_squared_error, structural_similarity
-from slimdiff.influence import relative_error
+from slimdiff.fidelity import decode, finite, mean_squared_error, structural_similarity
+from slimdiff.influence import guided, relative_error
 from slimdiff.measured import QUANTILES, psnr_of, quantile
 from slimdiff.pipeline import Conditioning, encode, sample
 
@@ -80,7 +80,7 @@ class Yardstick:
             save_strip(pictures, keep)
         pairs = list(zip(self.pictures, pictures, strict=True))
         return {
-            "final": _finite(relative_error(latents, self._latents)),
+            "final": finite(relative_error(latents, self._latents)),
             "mse": [mean_squared_error(a, b) for a, b in pairs],
             "ssim": [structural_similarity(a, b) for a, b in pairs],
             "accuracy": scenes.mean_scores(pictures, self.captions),
@@ -113,7 +113,7 @@ class Yardstick:
             for calls, captions in zip(self._calls, self._batches, strict=True):
                 call = calls[place]
                 prediction = guided(unet(*call.args, **call.kwargs)[0], len(captions), GUIDANCE)
-                errors += _finite(relative_error(prediction, call.prediction))
+                errors += finite(relative_error(prediction, call.prediction))
             found.append(float(np.mean(errors)))
         return found
 
@@ -142,11 +142,6 @@ class Yardstick:
             yield
         finally:
             handle.remove()
-
-
-def _finite(error: Tensor) -> list[float]:
-    values: list[float] = error.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
-    return values
 
 
 def read(path: Path) -> list[Row]:

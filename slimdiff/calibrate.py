@@ -17,7 +17,7 @@ from tqdm import tqdm
 from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.groups import find_groups
-from slimdiff.pipeline import encode, fingerprint, sample, use_scheduler
+from slimdiff.pipeline import fingerprint, paint, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
 from slimdiff.states import recorded
@@ -95,17 +95,12 @@ def calibrate(
 
         for start in range(first, len(recipe.prompts), batch_size):
             chosen = range(start, min(start + batch_size, len(recipe.prompts)))
-            conditioning = encode(pipe, [recipe.prompts[i] for i in chosen], [recipe.negatives[i] for i in chosen])
             clock = Clock(shares)
             with (
                 captured(pipe.unet, groups, statistics.grams, clock.weight),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
             ):
-                latents = sample(
-                    pipe, conditioning, [recipe.seed + i for i in chosen], steps=recipe.steps,
-                    guidance_scale=recipe.guidance_scale, height=recipe.height, width=recipe.width,
-                    on_step=step,
-                )  # fmt: skip
+                latents = paint(pipe, recipe, chosen, step)
             if not torch.isfinite(latents).all():
                 raise StatisticsError(
                     f"The model produced NaN or infinite values for prompts {start} to {chosen[-1]}, in "

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from slimdiff.demo import scenes
 from slimdiff.influence import guided, relative_error
 from slimdiff.measured import Fidelity, Picture, Settings, psnr_of
-from slimdiff.pipeline import encode, sample
+from slimdiff.pipeline import paint
 from slimdiff.report.wording import ordinal
 
 LARGEST_BATCH = 16
@@ -42,15 +42,15 @@ def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Setting
             chosen = range(first, min(first + batch, prompts))
             calls: list[tuple[float, Tensor]] = []
             with compared(dense.unet, slim.unet, len(chosen), settings.guidance_scale, calls):
-                reference = _latents(dense, settings, chosen)
+                reference = paint(dense, settings, chosen)
             bar.update(len(chosen))
-            latents = _latents(slim, settings, chosen)
+            latents = paint(slim, settings, chosen)
             bar.update(len(chosen))
-            drift += _finite(relative_error(latents, reference))
+            drift += finite(relative_error(latents, reference))
             timesteps = [timestep for timestep, _ in calls]
             noise = noise or [[] for _ in calls]
             for values, (_, error) in zip(noise, calls, strict=True):
-                values += _finite(error)
+                values += finite(error)
             for pipe, final, side in zip((dense, slim), (reference, latents), pictures, strict=True):
                 side += list(decode(pipe, final))
     mse = [mean_squared_error(a, b) for a, b in zip(*pictures, strict=True)]
@@ -68,16 +68,7 @@ def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Setting
     ]  # fmt: skip
 
 
-def _latents(pipe: DiffusionPipeline, settings: Settings, chosen: range) -> Tensor:
-    conditioning = encode(pipe, [settings.prompts[i] for i in chosen], [settings.negatives[i] for i in chosen])
-    latents: Tensor = sample(
-        pipe, conditioning, [settings.seed + i for i in chosen], steps=settings.steps,
-        guidance_scale=settings.guidance_scale, height=settings.height, width=settings.width,
-    )  # fmt: skip
-    return latents
-
-
-def _finite(error: Tensor) -> list[float]:
+def finite(error: Tensor) -> list[float]:
     """Errors as numbers; a model whose outputs are not finite is infinitely wrong."""
     values: list[float] = error.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
     return values

@@ -43,9 +43,12 @@ class Evidence:
         found = self.seen()[-1]
         return Moments(found.covariance[0], found.mean[0], found.count)
 
+    def _parameter(self, name: str) -> Tensor:
+        return self.unet.get_parameter(name).detach().double()
+
     def weight(self, i: int = 0) -> Tensor:
         """The i-th matrix into the group."""
-        return self.unet.state_dict()[names(self.unet, self.group).into[i][0]].double()
+        return self._parameter(names(self.unet, self.group).into[i][0])
 
     def by_head(self, i: int = 0) -> Tensor:
         """The i-th matrix into the group, (h, d_h, C)."""
@@ -55,14 +58,13 @@ class Evidence:
         """The outgoing matrix, and whether it has a bias."""
         where = names(self.unet, self.group).out
         assert where is not None
-        return self.unet.state_dict()[where[0]].double(), where[1] is not None
+        return self._parameter(where[0]), where[1] is not None
 
     def projected(self, i: int = 0) -> Tensor:
         """Second moments of what the i-th matrix into the group makes of its inputs, (h, d_h, d_h), not centred."""
         bias = names(self.unet, self.group).into[i][1]
-        return self.moments(inputs(self.unet, self.group)[i]).through(
-            self.weight(i), None if bias is None else self.unet.state_dict()[bias], self.group.heads
-        ).second  # fmt: skip
+        read = self.moments(inputs(self.unet, self.group)[i])
+        return read.through(self.weight(i), None if bias is None else self._parameter(bias), self.group.heads).second
 
 
 Solve = Callable[[Evidence], Solution]

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slimdiff.errors import ModelError, SlimdiffError
-from slimdiff.recipe import SCHEDULERS
+from slimdiff.measured import Settings
+from slimdiff.recipe import SCHEDULERS, Recipe
 from slimdiff.source import DEMO, Source
 
 
@@ -179,3 +180,16 @@ def sample(
         output_type=output,
         callback_on_step_end=step_end,
     ).images
+
+
+def paint(
+    pipe: DiffusionPipeline, job: Recipe | Settings, chosen: Sequence[int], on_step: Callable[[int], None] | None = None
+) -> Tensor:
+    """Final latents, (B, 4, H, W), of the job's prompts of these numbers, each from its own seed."""
+    latents: Tensor = sample(
+        pipe,
+        encode(pipe, [job.prompts[i] for i in chosen], [job.negatives[i] for i in chosen]),
+        [job.seed + i for i in chosen], steps=job.steps, guidance_scale=job.guidance_scale, height=job.height,
+        width=job.width, on_step=on_step,
+    )  # fmt: skip
+    return latents

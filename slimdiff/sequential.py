@@ -12,7 +12,7 @@ from tqdm import tqdm
 from slimdiff.capture import captured
 from slimdiff.gram import Gram, Moments
 from slimdiff.groups import Group
-from slimdiff.pipeline import encode, sample, use_scheduler
+from slimdiff.pipeline import paint, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.solve.solution import Solution
 from slimdiff.surgery import slim_weights
@@ -69,10 +69,5 @@ def _moments(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -
         chosen = range(start, min(start + BATCH, prompts))
         clock = Clock(shares)
         with captured(pipe.unet, groups, grams, clock.weight):
-            sample(
-                pipe,
-                encode(pipe, [recipe.prompts[i] for i in chosen], [recipe.negatives[i] for i in chosen]),
-                [recipe.seed + i for i in chosen], steps=recipe.steps, guidance_scale=recipe.guidance_scale,
-                height=recipe.height, width=recipe.width, on_step=clock.tick,
-            )  # fmt: skip
+            paint(pipe, recipe, chosen, clock.tick)
     return lambda key: grams[key].moments()

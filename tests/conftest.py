@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from slimdiff.groups import Group
+from slimdiff.solve.solution import Solution
+from slimdiff.surgery import truncated
 
 torch.set_num_threads(1)  # models this small are slower on more
 TOKENS = 8
@@ -66,3 +72,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense") / "tiny"
     tiny_pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def noise(unet: torch.nn.Module, seed: int = 0) -> torch.Tensor:
+    """What a tiny UNet predicts for two random latents and texts."""
+    generator = torch.Generator().manual_seed(seed)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 12, generator=generator)
+    return unet(sample, torch.tensor([10, 600]), text).sample
+
+
+def noise_when_cut(
+    unet: torch.nn.Module, groups: Sequence[Group], ranks: Mapping[str, int], solutions: Mapping[str, Solution]
+) -> torch.Tensor:
+    """The dense UNet's `noise` with all of these groups cut at once, in padded form."""
+    with ExitStack() as stack:
+        for group in groups:
+            stack.enter_context(truncated(unet, group, solutions[group.name].at(ranks[group.name])))
+        return noise(unet)

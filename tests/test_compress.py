@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_unet
+from conftest import noise, noise_when_cut, tiny_pipeline, tiny_unet
 
 import slimdiff.influence
 from slimdiff.calibrate import calibrate
@@ -19,7 +18,7 @@ from slimdiff.groups import KINDS, find_groups
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
 from slimdiff.statistics import StatisticsFile
-from slimdiff.surgery import build, truncated
+from slimdiff.surgery import build
 from slimdiff.widths import allowed_widths, width_step
 
 WORDS = tuple(f"{size} {what}" for size in ("big", "tiny", "old") for what in ("cat", "red boat", "hill"))
@@ -32,14 +31,6 @@ def calibrated(tmp_path_factory):
     pipe = tiny_pipeline(folder / "tokenizer", tiny_unet(sample_size=8))
     calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
     return pipe, StatisticsFile(folder / "s.safetensors")
-
-
-def noise(unet, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(2, 4, 8, 8, generator=generator)
-    text = torch.randn(2, 8, 12, generator=generator)
-    with torch.no_grad():
-        return unet(sample, torch.tensor([10, 600]), text).sample
 
 
 def test_budget_zero_is_the_identity_bit_for_bit(calibrated):
@@ -133,10 +124,7 @@ def test_slim_and_padded_weights_are_the_same_function(calibrated):
     plan, solutions = make_plan(pipe, statistics, Options(0.5, influence="local"))
     groups = [g for g in find_groups(pipe.unet) if g.name in plan.ranks()]
     slim = noise(build(pipe.unet, plan.ranks(), solutions))
-    with ExitStack() as stack:
-        for group in groups:
-            stack.enter_context(truncated(pipe.unet, group, solutions[group.name].at(plan.ranks()[group.name])))
-        padded = noise(pipe.unet)
+    padded = noise_when_cut(pipe.unet, groups, plan.ranks(), solutions)
     assert torch.allclose(slim, padded, atol=1e-5)
 
 

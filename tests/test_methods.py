@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_unet
+from conftest import noise, noise_when_cut, tiny_pipeline, tiny_unet
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from slimdiff.sequential import solve_in_turn
 from slimdiff.slim_unet import LowRank
 from slimdiff.source import Source
 from slimdiff.statistics import StatisticsFile
-from slimdiff.surgery import build, truncated
+from slimdiff.surgery import build
 
 WORDS = tuple(f"{size} {what}" for size in ("big", "tiny", "old") for what in ("cat", "red boat", "hill"))
 RECIPE = Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16, baselines=True)
@@ -38,13 +38,6 @@ def calibrated(tmp_path_factory):
     pipe.save_pretrained(folder / "dense")
     calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
     return pipe, StatisticsFile(folder / "s.safetensors")
-
-
-def noise(unet, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 12, generator=generator)
-    with torch.no_grad():
-        return unet(sample, torch.tensor([10, 600]), text).sample
 
 
 def error(changed: Tensor, reference: Tensor) -> float:
@@ -75,10 +68,7 @@ def test_the_slim_model_computes_what_the_dense_one_does_with_padded_weights(cal
     groups = [g for g in find_groups(pipe.unet, kinds=METHODS[method].kinds) if g.name in plan.ranks()]
     assert len(groups) == len(plan.ranks()) > 0
     slim = noise(build(pipe.unet, plan.ranks(), solutions))
-    with ExitStack() as stack:
-        for group in groups:
-            stack.enter_context(truncated(pipe.unet, group, solutions[group.name].at(plan.ranks()[group.name])))
-        padded = noise(pipe.unet)
+    padded = noise_when_cut(pipe.unet, groups, plan.ranks(), solutions)
     assert torch.allclose(slim, padded, atol=1e-5)
     assert error(slim, noise(pipe.unet)) > 1e-7
 
@@ -89,10 +79,9 @@ def test_full_width_of_every_solution_is_the_dense_model(calibrated, method):
     pipe, statistics = calibrated
     _, solutions = make_plan(pipe, statistics, Options(0.3, method=method, influence="uniform"))
     dense = noise(pipe.unet)
-    with ExitStack() as stack:
-        for group in find_groups(pipe.unet, kinds=METHODS[method].kinds):
-            stack.enter_context(truncated(pipe.unet, group, solutions[group.name].at(group.width)))
-        assert error(noise(pipe.unet), dense) < 1e-8
+    groups = find_groups(pipe.unet, kinds=METHODS[method].kinds)
+    full = {group.name: group.width for group in groups}
+    assert error(noise_when_cut(pipe.unet, groups, full, solutions), dense) < 1e-8
 
 
 @pytest.mark.parametrize("method", ["obs", "svd-llm", "svd"])
