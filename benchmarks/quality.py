@@ -88,19 +88,23 @@ def variants() -> dict[str, Method]:
     """slimdiff, each time with one idea of its solves replaced by what is usual."""
     own = methods.METHODS["slimdiff"]
 
-    def variant(kind: str, solve: Callable[[Evidence], Solution], inputs: bool = False) -> Method:
+    def variant(kind: str, solve: Callable[[Evidence], Solution], baselines: bool = False) -> Method:
         kinds = kind.split()
-        return replace(own, solve=lambda e: solve(e) if e.group.kind in kinds else own.solve(e), inputs=inputs)
+        return replace(own, solve=lambda e: solve(e) if e.group.kind in kinds else own.solve(e), baselines=baselines)
+
+    def uncentred(e: Evidence) -> Solution:
+        return solve_qk(e.queries_and_keys()[0].second, e.projected(1))
 
     def uncorrected(e: Evidence) -> Solution:
         if e.group.kind == "vo":
             return solve_vo(e.inner(), e.out()[0], e.group.heads, has_bias=False)
-        return solve_ffn(e.inner(), e.out()[0], has_bias=False)
+        return solve_ffn(e.guided(), e.out()[0], has_bias=False)
 
     return {
-        "no key centring": variant("qk", lambda e: solve_qk(e.seen()[0].second, e.projected(1)), inputs=True),
-        "value covariances": variant("vo", lambda e: whiten_vo(e.projected(), e.out()[0]), inputs=True),
-        "ridge leverage": variant("ffn", lambda e: solve_ffn(e.inner(), *e.out(), choose=leverage)),
+        "no key centring": variant("qk", uncentred, baselines=True),
+        "value covariances": variant("vo", lambda e: whiten_vo(e.projected(), e.out()[0]), baselines=True),
+        "ridge leverage": variant("ffn", lambda e: solve_ffn(e.guided(), *e.out(), choose=leverage)),
+        "no guidance in the sums": variant("ffn", lambda e: solve_ffn(e.inner(), *e.out()), baselines=True),
         "no bias correction": variant("vo ffn", uncorrected),
     }
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from slimdiff.demo import scenes
 from slimdiff.fidelity import decode, finite, mean_squared_error, structural_similarity
-from slimdiff.influence import guided, relative_error
+from slimdiff.guidance import guided
+from slimdiff.influence import relative_error
 from slimdiff.measured import QUANTILES, psnr_of, quantile
 from slimdiff.pipeline import Conditioning, encode, sample
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.groups import find_groups
+from slimdiff.guidance import guided
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
@@ -75,9 +77,9 @@ def calibrate(
         if _is_this(output, statistics):
             return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)
         raise OutputError(f"{output} holds another calibration; pass --force to replace it, or -o for another file.")
-    partial = output.with_name(output.name + ".partial")
-    if resume and partial.exists():
-        statistics = _resumed(partial, statistics, pipe.unet.device)
+    unfinished = output.with_name(output.name + ".partial")
+    if resume and unfinished.exists():
+        statistics = _resumed(unfinished, statistics, pipe.unet.device)
     first = statistics.done
     batch_size = batch_size or automatic_batch_size(pipe, recipe)
     pipe.scheduler.set_timesteps(recipe.steps)
@@ -96,8 +98,9 @@ def calibrate(
         for start in range(first, len(recipe.prompts), batch_size):
             chosen = range(start, min(start + batch_size, len(recipe.prompts)))
             clock = Clock(shares)
+            guide = partial(guided, prompts=len(chosen), guidance_scale=recipe.guidance_scale)
             with (
-                captured(pipe.unet, groups, statistics.grams, clock.weight),
+                captured(pipe.unet, groups, statistics.grams, clock.weight, guide),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
             ):
                 latents = paint(pipe, recipe, chosen, step)
@@ -108,16 +111,16 @@ def calibrate(
                 )
             statistics.done = chosen[-1] + 1
             if interrupted() and statistics.done < len(recipe.prompts):
-                statistics.write(partial)
+                statistics.write(unfinished)
                 raise Interrupted(
-                    f"Interrupted after {statistics.done} of {len(recipe.prompts)} prompts, all saved in {partial}. "
+                    f"Interrupted after {statistics.done} of {len(recipe.prompts)} prompts, all saved in {unfinished}. "
                     "The same command goes on from there."
                 )
             if time.monotonic() - saved > SAVE_EVERY:
-                statistics.write(partial)
+                statistics.write(unfinished)
                 saved = time.monotonic()
     statistics.write(output)
-    partial.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     return Calibrated(output, statistics.done, time.monotonic() - started, first)
 
 
@@ -133,8 +136,8 @@ def _is_this(path: Path, wanted: Statistics) -> bool:
     )
 
 
-def _resumed(partial: Path, wanted: Statistics, device: torch.device) -> Statistics:
-    found = StatisticsFile(partial)
+def _resumed(unfinished: Path, wanted: Statistics, device: torch.device) -> Statistics:
+    found = StatisticsFile(unfinished)
     if found.fingerprint != wanted.fingerprint:
         what = f"another model ({found.model})"
     elif found.recipe != wanted.recipe:
@@ -142,7 +145,7 @@ def _resumed(partial: Path, wanted: Statistics, device: torch.device) -> Statist
     else:
         return found.read(device)
     raise StatisticsError(
-        f"{partial} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to "
+        f"{unfinished} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to "
         "start afresh, or -o for another file."
     )
 

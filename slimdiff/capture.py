@@ -18,27 +18,35 @@ def _one() -> float:
 
 @contextmanager
 def captured(
-    unet: nn.Module, groups: Sequence[Group], grams: dict[str, Gram], weight: Callable[[], float] = _one
+    unet: nn.Module,
+    groups: Sequence[Group],
+    grams: dict[str, Gram],
+    weight: Callable[[], float] = _one,
+    guide: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """While inside, every forward pass of `unet` adds to `grams`, by the keys of `groups.probes`; new ones are made.
 
-    `weight` is asked at each forward pass how much its tokens count. Hooks sit on the groups' own modules only and are
+    `weight` is asked at each forward pass how much its tokens count. `guide` puts the halves of guidance together where
+    guided tokens are wanted; without it there are plain ones only. Hooks sit on the groups' own modules only and are
     gone afterwards, whatever happens inside; the UNet is not changed.
     """
     handles = []
     try:
-        for key, probe in {probe.key: probe for group in groups for probe in probes(unet, group)}.items():
+        wanted = [probe for group in groups for probe in probes(unet, group, guide is not None)]
+        for key, probe in {probe.key: probe for probe in wanted}.items():
             gram = grams.setdefault(key, Gram(probe.width, probe.heads, next(unet.parameters()).device))
-            handles.append(_attach(probe, gram, weight))
+            handles.append(_attach(probe, gram, weight, guide if probe.guided else None))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _attach(probe: Probe, gram: Gram, weight: Callable[[], float]) -> RemovableHandle:
+def _attach(
+    probe: Probe, gram: Gram, weight: Callable[[], float], guide: Callable[[Tensor], Tensor] | None
+) -> RemovableHandle:
     def add(x: Tensor) -> None:
-        x = x.detach()
+        x = guide(x.detach()) if guide else x.detach()
         gram.add(x - x.mean(1, keepdim=True) if probe.centred else x, weight())
 
     if probe.at == "input":

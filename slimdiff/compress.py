@@ -40,7 +40,7 @@ def compress(
     slim = build(pipe.unet, plan.ranks(), solutions)
     if options.refine and plan.ranks():
         cut = [group for group in find_groups(pipe.unet) if group.name in plan.ranks()]
-        refits = refine(pipe.unet, slim, cut, statistics.states())
+        refits = refine(pipe.unet, slim, cut, statistics.states(), statistics.recipe.guidance_scale)
         plan = replace(plan, refits={refit.group: refit.ratio for refit in refits})
     return slim, plan
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.demo import scenes
-from slimdiff.influence import guided, relative_error
+from slimdiff.guidance import guided
+from slimdiff.influence import relative_error
 from slimdiff.measured import Fidelity, Picture, Settings, psnr_of
 from slimdiff.pipeline import paint
 from slimdiff.report.wording import ordinal

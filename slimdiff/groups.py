@@ -143,8 +143,9 @@ def _feed_forward_parts(path: str, layer: FeedForward) -> tuple[nn.Linear, nn.Li
 
 @dataclass(frozen=True)
 class Probe:
-    """One statistic: where tokens are read (a module's `input` or `output`), as how many heads of which width, and
-    whether each sample's mean is taken off. `key` names it in the statistics file; equal keys are equal tokens."""
+    """One statistic: where tokens are read (a module's `input` or `output`), as how many heads of which width, whether
+    each sample's mean is taken off, and whether the halves of guidance are put together first. `key` names it in the
+    statistics file; equal keys are equal tokens."""
 
     key: str
     module: nn.Module
@@ -152,10 +153,14 @@ class Probe:
     heads: int
     width: int
     centred: bool = False
+    guided: bool = False
 
 
-def probes(unet: nn.Module, group: Group) -> list[Probe]:
-    """What calibration has to record for a group: queries and keys, head outputs, hidden units, a matrix's inputs."""
+def probes(unet: nn.Module, group: Group, guided: bool = True) -> list[Probe]:
+    """What calibration has to record for a group: queries and keys, head outputs, hidden units, a matrix's inputs.
+
+    Hidden units of a feed-forward group are `guided`, or plain as all others are.
+    """
     layer: Any = unet.get_submodule(group.module)
     if group.kind == "linear":
         path = _parent(group.module)
@@ -166,6 +171,8 @@ def probes(unet: nn.Module, group: Group) -> list[Probe]:
             Probe(f"{group.name}:k", layer.to_k, "output", group.heads, group.width, centred=True),
         ]
     out = output_layer(unet, group)
+    if group.kind == "ffn" and guided:
+        return [Probe(guided_key(group), out, "input", 1, out.in_features, guided=True)]
     return [Probe(_output_key(group.module, group.kind), out, "input", 1, out.in_features)]
 
 
@@ -173,6 +180,11 @@ def inputs(unet: nn.Module, group: Group) -> list[str]:
     """Keys of the tokens that each matrix into an attention layer's group multiplies, in the order of `Names.into`."""
     matrices = {"qk": ("to_q", "to_k"), "vo": ("to_v",)}[group.kind]
     return [_input_key(unet, group.module, matrix) for matrix in matrices]
+
+
+def guided_key(group: Group) -> str:
+    """Key of the hidden units of a feed-forward group with the halves of guidance put together."""
+    return f"{group.name}:g"
 
 
 def _parent(linear: str) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from slimdiff.errors import StatisticsError
 from slimdiff.files import write_json
 from slimdiff.groups import Group
+from slimdiff.guidance import guided
 from slimdiff.pipeline import sample, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.solve.solution import Solution
@@ -73,12 +74,13 @@ class Influence:
     kind: Kind
     points: Points
 
-    def final_errors(self, group: Group, solution: Solution, quantile: float = 0.5) -> Tensor:
+    def final_errors(self, group: Group, solution: Solution, quantile: float = 0.75) -> Tensor:
         """Predicted final error at every width 0..d, (d + 1,), float64: 0 at full width, never falling with less width.
 
-        Over prompts the `quantile` is taken (of two values the lower): with the median, one prompt that flips does not
-        decide. As a function of the local error, the final error is a power law between two probed points (log against
-        log) and proportional outside. Points lost in rounding do not count; without any, the group has no influence.
+        Over prompts the `quantile` is taken (of two values the lower): below the highest, so that one prompt that flips
+        does not decide, and above the median, so that sensitive prompts count. As a function of the local error,
+        the final error is a power law between two probed points (log against log) and proportional outside. Points lost
+        in rounding do not count; without any, the group has no influence.
         """
         known: dict[float, float] = {}
         for point in self.points[group.name].values():
@@ -101,14 +103,6 @@ def relative_error(changed: Tensor, reference: Tensor) -> Tensor:
     """Squared error relative to the reference's energy, per sample: (B, ...) -> (B,), in float64."""
     difference = (changed.double() - reference.double()).flatten(1).square().sum(1)
     return difference / reference.double().flatten(1).square().sum(1)
-
-
-def guided(prediction: Tensor, prompts: int, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: (2 prompts, C, H, W), negative half first, or (prompts, C, H, W) -> the latter."""
-    if prediction.shape[0] == prompts:
-        return prediction.float()
-    negative, positive = prediction.float().chunk(2)
-    return negative + guidance_scale * (positive - negative)
 
 
 def evaluations(groups: Sequence[Group], shares: Sequence[float], prompts: int, steps: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimdiff.errors import StatisticsError
 from slimdiff.gram import Moments
-from slimdiff.groups import KINDS, Group, Kind, inputs, names, probes
+from slimdiff.groups import KINDS, Group, Kind, guided_key, inputs, names, probes
 from slimdiff.options import Influence, MethodName
 from slimdiff.solve import selection
 from slimdiff.solve.ffn import leverage, solve_ffn
@@ -34,13 +34,21 @@ class Evidence:
     group: Group
     moments: Callable[[str], Moments]
 
-    def seen(self) -> list[Moments]:
-        """Of the group's own statistics, in the order of `groups.probes`."""
-        return [self.moments(probe.key) for probe in probes(self.unet, self.group)]
+    def queries_and_keys(self) -> tuple[Moments, Moments]:
+        """The keys centred per image."""
+        queries, keys = (self.moments(probe.key) for probe in probes(self.unet, self.group))
+        return queries, keys
 
     def inner(self) -> Moments:
         """Of the tokens that leave the group through its outgoing matrix, as one head."""
-        found = self.seen()[-1]
+        return self._one_head(probes(self.unet, self.group, guided=False)[-1].key)
+
+    def guided(self) -> Moments:
+        """Of the hidden units with the halves of guidance put together."""
+        return self._one_head(guided_key(self.group))
+
+    def _one_head(self, key: str) -> Moments:
+        found = self.moments(key)
         return Moments(found.covariance[0], found.mean[0], found.count)
 
     def _parameter(self, name: str) -> Tensor:
@@ -72,32 +80,31 @@ Solve = Callable[[Evidence], Solution]
 
 @dataclass(frozen=True)
 class Method:
-    """`inputs` says whether it needs the layers' inputs (`slimdiff calibrate --baselines`), `sequential` whether its
+    """`baselines` says whether it needs the sums of `slimdiff calibrate --baselines`, `sequential` whether its
     groups are solved one package after the other, each on what the packages cut before really feed it."""
 
     kinds: tuple[Kind, ...]
     influence: Influence
     solve: Solve
-    inputs: bool = False
+    baselines: bool = False
     sequential: bool = False
 
-    def check(self, name: str, has_inputs: bool) -> None:
+    def check(self, name: str, has_baselines: bool) -> None:
         """Raises StatisticsError if the statistics lack what the method needs."""
-        if self.inputs and not has_inputs:
+        if self.baselines and not has_baselines:
             raise StatisticsError(
-                f"--method {name} needs the layers' inputs, which these statistics do not hold. Run 'slimdiff "
-                "calibrate --baselines'."
+                f"--method {name} needs sums that these statistics do not hold. Run 'slimdiff calibrate --baselines'."
             )
 
 
 def _slimdiff(evidence: Evidence) -> Solution:
     if evidence.group.kind == "qk":
-        queries, keys = evidence.seen()
+        queries, keys = evidence.queries_and_keys()
         return solve_qk(queries.second, keys.second)
     weight, has_bias = evidence.out()
     if evidence.group.kind == "vo":
         return solve_vo(evidence.inner(), weight, evidence.group.heads, has_bias)
-    return solve_ffn(evidence.inner(), weight, has_bias)
+    return solve_ffn(evidence.guided(), weight, has_bias)
 
 
 def _paper(evidence: Evidence) -> Solution:
@@ -140,7 +147,7 @@ def _selecting(score: Callable[[Evidence], Tensor]) -> Solve:
     def solve(evidence: Evidence) -> Solution:
         scores = score(evidence)
         if evidence.group.kind == "qk":
-            queries, keys = evidence.seen()
+            queries, keys = evidence.queries_and_keys()
             return selection.select_qk(scores, queries.second, keys.second)
         second, weight = evidence.inner().second, evidence.out()[0]
         if evidence.group.kind == "vo":
@@ -157,7 +164,7 @@ def _shaped(evidence: Evidence, scores: Tensor) -> Tensor:
 
 def _wanda(evidence: Evidence) -> Tensor:
     if evidence.group.kind == "qk":
-        queries, keys = evidence.seen()
+        queries, keys = evidence.queries_and_keys()
         return selection.wanda_qk(queries.second, keys.second)
     return _shaped(evidence, selection.wanda(evidence.inner().second, evidence.out()[0]))
 
@@ -178,11 +185,11 @@ def _random(evidence: Evidence) -> Tensor:
 
 METHODS: dict[MethodName, Method] = {
     "slimdiff": Method(KINDS, "sampler", _slimdiff),
-    "paper": Method(KINDS, "energy", _paper, inputs=True),
-    "obs": Method(("heads", "ffn"), "uniform", _obs, sequential=True),
-    "svd-llm": Method(("linear",), "uniform", _svd_llm, inputs=True),
+    "paper": Method(KINDS, "energy", _paper, baselines=True),
+    "obs": Method(("heads", "ffn"), "uniform", _obs, baselines=True, sequential=True),
+    "svd-llm": Method(("linear",), "uniform", _svd_llm, baselines=True),
     "svd": Method(("qk", "vo", "linear"), "uniform", _svd),
-    "wanda": Method(KINDS, "uniform", _selecting(_wanda)),
-    "magnitude": Method(KINDS, "uniform", _selecting(_magnitude)),
-    "random": Method(KINDS, "uniform", _selecting(_random)),
+    "wanda": Method(KINDS, "uniform", _selecting(_wanda), baselines=True),
+    "magnitude": Method(KINDS, "uniform", _selecting(_magnitude), baselines=True),
+    "random": Method(KINDS, "uniform", _selecting(_random), baselines=True),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff.groups import Group, output_layer, residual_norm
+from slimdiff.guidance import guided
 from slimdiff.states import States
 
 PULLS = (0.003, 0.03, 0.3)
@@ -62,7 +64,9 @@ class _Sums:
 
 
 @torch.no_grad()
-def refine(dense: nn.Module, slim: nn.Module, groups: Sequence[Group], states: States) -> list[Refit]:
+def refine(
+    dense: nn.Module, slim: nn.Module, groups: Sequence[Group], states: States, guidance_scale: float
+) -> list[Refit]:
     """Refit, in place, the output projection of every value-output and feed-forward group among `groups`.
 
     `groups` are in the order of the data. Both UNets are on one device and in one dtype. Layers without bias are left.
@@ -75,7 +79,7 @@ def refine(dense: nn.Module, slim: nn.Module, groups: Sequence[Group], states: S
         layer = output_layer(slim, group)
         if layer.bias is None:
             continue
-        fitting, judging = (_sums(dense, slim, group, states, part) for part in parts)
+        fitting, judging = (_sums(dense, slim, group, states, part, guidance_scale) for part in parts)
         present = torch.cat([layer.weight, layer.bias[:, None]], 1).double()
         candidates = [fitting.fit(present, share, pull) for share in SHARES for pull in PULLS]
         best = min([present, *candidates], key=judging.error)
@@ -89,7 +93,9 @@ class _Reached(Exception):
     """Ends a forward pass once the layer in question has run."""
 
 
-def _sums(dense: nn.Module, slim: nn.Module, group: Group, states: States, chosen: Sequence[int]) -> _Sums:
+def _sums(
+    dense: nn.Module, slim: nn.Module, group: Group, states: States, chosen: Sequence[int], guidance_scale: float
+) -> _Sums:
     d, channels = output_layer(slim, group).in_features + 1, output_layer(slim, group).out_features
     options: dict[str, Any] = {"dtype": torch.float64, "device": next(slim.parameters()).device}
     sums = _Sums(
@@ -98,9 +104,11 @@ def _sums(dense: nn.Module, slim: nn.Module, group: Group, states: States, chose
     )  # fmt: skip
     for start in range(0, len(chosen), BATCH):
         parameter = next(slim.parameters())
-        arguments = states.batch(list(chosen[start : start + BATCH]), parameter.device, parameter.dtype)
-        _, y, stream = _run_to(dense, group, arguments)
-        x, _, slim_stream = _run_to(slim, group, arguments)
+        part = list(chosen[start : start + BATCH])
+        arguments = states.batch(part, parameter.device, parameter.dtype)
+        rows = partial(_guided_rows, states=len(part), guidance_scale=guidance_scale)
+        _, y, stream = map(rows, _run_to(dense, group, arguments))
+        x, _, slim_stream = map(rows, _run_to(slim, group, arguments))
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         drift = stream - slim_stream
         sums.xx += x.mT @ x
@@ -110,21 +118,23 @@ def _sums(dense: nn.Module, slim: nn.Module, group: Group, states: States, chose
     return sums
 
 
+def _guided_rows(x: Tensor, states: int, guidance_scale: float) -> Tensor:
+    """Tokens with the halves of guidance put together, (2 states, n, d) -> (states n, d), float64."""
+    return guided(x, states, guidance_scale).flatten(0, -2).double()
+
+
 def _run_to(unet: nn.Module, group: Group, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Run up to a group's output projection: its input, its output, and the residual stream before its layer.
 
-    All are rows of tokens in float64.
+    All are tokens, (samples, n, d).
     """
     seen: dict[str, Tensor] = {}
 
-    def rows(x: Tensor) -> Tensor:
-        return x.detach().flatten(0, -2).double()
-
     def at_stream(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen["stream"] = rows(args[0])
+        seen["stream"] = args[0]
 
     def at_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["x"], seen["y"] = rows(args[0]), rows(output)
+        seen["x"], seen["y"] = args[0], output
         raise _Reached
 
     with ExitStack() as hooks:

@@ -28,7 +28,7 @@ from slimdiff.linalg import pack, unpack
 from slimdiff.recipe import Recipe
 from slimdiff.states import States
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -101,6 +101,8 @@ class StatisticsFile:
             raise StatisticsError(
                 f"{path} was written by a newer slimdiff (format {self.metadata['format']}); upgrade."
             )
+        if self.metadata.get("format", 0) < FORMAT:
+            raise StatisticsError(f"{path} was written by an older slimdiff and lacks sums; calibrate again.")
         if _digest(self.metadata) != stored.get("digest"):
             raise self._damaged("its metadata does not match its checksum")
 

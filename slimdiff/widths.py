@@ -15,12 +15,12 @@ from slimdiff.plan import short
 
 
 def width_step(group: Group, round_to: int | None) -> int:
-    """The step of a group's widths: 8 for heads and 64 for hidden units where the layer is wide enough for it."""
+    """The step of a group's widths: 8 for heads and 64 for hidden units, as GPUs like it, and less in small layers."""
     if group.kind == "heads":
         return 1
     if group.kind == "ffn":
-        return 8 * round_to if round_to else min(64, _power_of_two(group.width / 16))
-    return round_to or min(8, _power_of_two(group.width / 4))
+        return 8 * round_to if round_to else min(64, _power_of_two(group.width / 32))
+    return round_to or (8 if group.width >= 32 else _power_of_two(group.width / 8))
 
 
 def _power_of_two(x: float) -> int:

@@ -20,7 +20,8 @@ FILES = {
 }
 LAYERS = (
     {"slimdiff", "solve", "demo", "report"},
-    {"errors", "gram", "macs", "slim_unet", "states", "report.wording", "solve.solution", "demo.scenes", "timesteps"},
+    {"errors", "gram", "guidance", "macs", "slim_unet", "states", "report.wording", "solve.solution", "demo.scenes",
+     "timesteps"},
     {"allocate", "files", "groups", "linalg", "measured", "options", "outputs", "parameters", "plan", "recipe",
      "source"},
     {"capture", "checkpoint", "pipeline", "refine", "report.results", "report.svg", "solve.ffn", "solve.heads",

@@ -12,6 +12,7 @@ from torch.nn.functional import gelu
 from slimdiff.capture import captured
 from slimdiff.gram import Gram, Moments
 from slimdiff.groups import find_groups, probes
+from slimdiff.guidance import guided
 from slimdiff.methods import METHODS, Evidence
 from slimdiff.solve.solution import Solution
 from slimdiff.surgery import build, slim_weights, truncated
@@ -42,9 +43,14 @@ def run(unet: nn.Module) -> list[Tensor]:
     return [unet(**inputs(batch)).sample for batch in range(BATCHES)]
 
 
+def guide(x: Tensor) -> Tensor:
+    """The first four samples are the negative halves of the others."""
+    return guided(x, 4, 3.0)
+
+
 def capture(unet: nn.Module) -> Grams:
     grams = Grams()
-    with captured(unet, find_groups(unet), grams):
+    with captured(unet, find_groups(unet), grams, guide=guide):
         run(unet)
     return grams
 
@@ -104,7 +110,7 @@ def test_sums_are_those_of_the_layers_own_mathematics(calibrated):
     """Queries, keys, head outputs and hidden units from the layers' inputs and matrices alone."""
     unet, grams, _ = calibrated
     block = unet.mid_block.attentions[0].transformer_blocks[0]
-    seen: dict[str, list[Tensor]] = {"q": [], "k": [], "z": [], "u": []}
+    seen: dict[str, list[Tensor]] = {"q": [], "k": [], "z": [], "g": []}
 
     def heads(x: Tensor) -> Tensor:
         return x.double().unflatten(-1, (2, 16)).transpose(1, 2)
@@ -119,7 +125,8 @@ def test_sums_are_those_of_the_layers_own_mathematics(calibrated):
 
     def feed_forward(layer, args):
         values, gates = layer.net[0].proj(args[0]).double().chunk(2, -1)
-        seen["u"].append((values * gelu(gates)).flatten(0, 1)[:, None])
+        negative, positive = (values * gelu(gates)).chunk(2)
+        seen["g"].append((negative + 3 * (positive - negative)).flatten(0, 1)[:, None])
 
     handles = [
         block.attn2.register_forward_pre_hook(attention, with_kwargs=True),
@@ -129,9 +136,9 @@ def test_sums_are_those_of_the_layers_own_mathematics(calibrated):
     for handle in handles:
         handle.remove()
     path = "mid_block.attentions.0.transformer_blocks.0"
-    for key, statistic in ((".attn2.qk:q", "q"), (".attn2.qk:k", "k"), (".attn2.vo:z", "z"), (".ff.ffn:u", "u")):
+    for key, statistic in ((".attn2.qk:q", "q"), (".attn2.qk:k", "k"), (".attn2.vo:z", "z"), (".ff.ffn:g", "g")):
         x, gram = torch.cat(seen[statistic]), grams[path + key]
-        tokens = BATCHES * 8 * (8 if statistic == "k" else 16)
+        tokens = BATCHES * (4 if statistic == "g" else 8) * (8 if statistic == "k" else 16)
         assert gram.count == len(x) == tokens
         found, wanted = gram.moments().second, torch.einsum("nhd,nhe->hde", x, x) / tokens
         scale = wanted.abs().max()
@@ -142,7 +149,7 @@ def test_sums_are_those_of_the_layers_own_mathematics(calibrated):
 def test_going_on_adds_to_the_sums_that_are_there():
     unet = tiny_unet()
     once, twice = capture(unet), capture(unet)
-    with captured(unet, find_groups(unet), twice):
+    with captured(unet, find_groups(unet), twice, guide=guide):
         run(unet)
     for key, gram in twice.items():
         assert gram.count == 2 * once[key].count
@@ -179,6 +186,12 @@ def outputs(unet: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+def guide_rows(rows: Tensor) -> Tensor:
+    """`guide`, for the rows that `outputs` returns."""
+    batches = rows.view(BATCHES, 8, -1, rows.shape[1])
+    return torch.cat([guide(batch).flatten(0, 1) for batch in batches]).double()
+
+
 def measured(unet: nn.Module, group, solution: Solution, width: int) -> float:
     """The local error of a cut on exactly the tokens that were captured."""
     layer = unet.get_submodule(group.module)
@@ -187,6 +200,8 @@ def measured(unet: nn.Module, group, solution: Solution, width: int) -> float:
         dense = outputs(unet, layers)["y"]
         with truncated(unet, group, solution.at(width)):
             slim = outputs(unet, layers)["y"]
+        if group.kind == "ffn":
+            dense, slim = guide_rows(dense), guide_rows(slim)
         return float((slim - dense).square().sum() / (dense - dense.mean(0)).square().sum())
 
     def logits() -> Tensor:

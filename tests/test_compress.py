@@ -142,9 +142,13 @@ def test_refine_lowers_the_held_out_error_or_changes_nothing(calibrated):
     refined, plan = compress(pipe, statistics, Options(0.5, influence="local", refine=True))
     assert plan.refits and all(ratio <= 1 for ratio in plan.refits.values())
     states = statistics.states()
-    arguments = states.batch(list(range(0, len(states.prompts), 5)), torch.device("cpu"), torch.float32)
+    chosen = list(range(0, len(states.prompts), 5))
+    arguments = states.batch(chosen, torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        dense, a, b = (unet(**arguments).sample for unet in (pipe.unet, plain, refined))
+        dense, a, b = (
+            guided(unet(**arguments).sample, len(chosen), statistics.recipe.guidance_scale)
+            for unet in (pipe.unet, plain, refined)
+        )
     assert (b - dense).square().sum() < (a - dense).square().sum()
 
 
@@ -158,7 +162,7 @@ def test_statistics_of_other_groups_are_refused(calibrated):
 def test_steps_of_width():
     group = find_groups(tiny_unet())[0]
     steps = {d: width_step(replace(group, width=d), None) for d in (8, 16, 40, 64, 80, 160)}
-    assert steps == {8: 2, 16: 4, 40: 8, 64: 8, 80: 8, 160: 8}
+    assert steps == {8: 1, 16: 2, 40: 8, 64: 8, 80: 8, 160: 8}
     ffn = replace(group, kind="ffn", width=1280)
-    assert width_step(ffn, None) == 64 and width_step(ffn, 4) == 32
+    assert width_step(ffn, None) == 32 and width_step(replace(ffn, width=5120), None) == 64 and width_step(ffn, 4) == 32
     assert list(itertools.islice(allowed_widths(replace(group, width=40), Options(0.3)), 3)) == [40, 32, 24]

@@ -131,16 +131,17 @@ def test_matrices_of_one_layer_share_the_tokens_they_share():
     assert len(grams) == 7 * 7  # of each of the 7 blocks: x, z; x, c, z; x, u
 
 
-def test_statistics_without_inputs_are_enough_for_most(calibrated, tmp_path):
+def test_statistics_without_baselines_are_enough_for_slimdiff_and_what_needs_none(calibrated, tmp_path):
     pipe, _ = calibrated
     calibrate(pipe, Source("tiny", "tiny", None), replace(RECIPE, baselines=False), tmp_path / "s.safetensors")
     statistics = StatisticsFile(tmp_path / "s.safetensors")
     for method in NAMES:
-        if METHODS[method].inputs:
+        if METHODS[method].baselines:
             with pytest.raises(StatisticsError, match=r"calibrate --baselines"):
                 make_plan(pipe, statistics, Options(0.3, method=method))
         else:
             make_plan(pipe, statistics, Options(0.3, method=method, influence="local"))
+    assert {method for method in NAMES if not METHODS[method].baselines} == {"slimdiff", "svd"}
 
 
 def test_kinds_that_a_method_does_not_cut_are_refused(calibrated):

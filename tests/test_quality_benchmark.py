@@ -59,7 +59,8 @@ def test_jobs_of_the_modes():
     assert len(list(quality.jobs(asked()))) == 8
     ablation = list(quality.jobs(asked(ablation=True)))
     assert {job.way.name for job in ablation if job.mode == "ablation"} == {
-        "no key centring", "value covariances", "ridge leverage", "no bias correction",
+        "no key centring", "value covariances", "ridge leverage", "no guidance in the sums",
+        "no bias correction",
         "timesteps decreasing", "timesteps sigma",
     }  # fmt: skip
     assert all(job.way.name in quality.WAYS for job in ablation if job.mode == "main")
