@@ -15,6 +15,7 @@ from slimdiff.calibrate import calibrate
 from slimdiff.compress import Options, compress, make_plan
 from slimdiff.errors import BudgetError, StatisticsError
 from slimdiff.groups import KINDS, find_groups
+from slimdiff.guidance import guided
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
 from slimdiff.statistics import StatisticsFile
