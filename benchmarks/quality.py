@@ -106,6 +106,7 @@ def variants() -> dict[str, Method]:
         "ridge leverage": variant("ffn", lambda e: solve_ffn(e.guided(), *e.out(), choose=leverage)),
         "no guidance in the sums": variant("ffn", lambda e: solve_ffn(e.inner(), *e.out()), baselines=True),
         "no bias correction": variant("vo ffn", uncorrected),
+        "no refitted output": replace(own, refits_output=False),
     }
 
 

@@ -17,7 +17,7 @@ from slimdiff.macs import count, token_counts
 from slimdiff.methods import METHODS, Evidence, Method
 from slimdiff.options import Options
 from slimdiff.plan import Entry, Plan
-from slimdiff.refine import refine
+from slimdiff.refine import Refit, refine, refit_output
 from slimdiff.sequential import solve_in_turn
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.solution import Solution
@@ -38,11 +38,14 @@ def compress(
     """
     plan, solutions = make_plan(pipe, statistics, options)
     slim = build(pipe.unet, plan.ranks(), solutions)
+    refits: list[Refit] = []
+    seen = statistics.states(), statistics.recipe.guidance_scale
     if options.refine and plan.ranks():
         cut = [group for group in find_groups(pipe.unet) if group.name in plan.ranks()]
-        refits = refine(pipe.unet, slim, cut, statistics.states(), statistics.recipe.guidance_scale)
-        plan = replace(plan, refits={refit.group: refit.ratio for refit in refits})
-    return slim, plan
+        refits += refine(pipe.unet, slim, cut, *seen)
+    if METHODS[options.method].refits_output and plan.ranks():
+        refits.append(refit_output(pipe.unet, slim, *seen))
+    return slim, replace(plan, refits={refit.name: refit.ratio for refit in refits})
 
 
 def make_plan(

@@ -80,12 +80,14 @@ Solve = Callable[[Evidence], Solution]
 
 @dataclass(frozen=True)
 class Method:
-    """`baselines` says whether it needs the sums of `slimdiff calibrate --baselines`, `sequential` whether its
-    groups are solved one package after the other, each on what the packages cut before really feed it."""
+    """`refits_output` says whether the UNet's last convolution is fitted anew in the end, `baselines` whether the
+    method needs the sums of `slimdiff calibrate --baselines`, `sequential` whether its groups are solved one package
+    after the other, each on what the packages cut before really feed it."""
 
     kinds: tuple[Kind, ...]
     influence: Influence
     solve: Solve
+    refits_output: bool = False
     baselines: bool = False
     sequential: bool = False
 
@@ -184,7 +186,7 @@ def _random(evidence: Evidence) -> Tensor:
 
 
 METHODS: dict[MethodName, Method] = {
-    "slimdiff": Method(KINDS, "sampler", _slimdiff),
+    "slimdiff": Method(KINDS, "sampler", _slimdiff, refits_output=True),
     "paper": Method(KINDS, "energy", _paper, baselines=True),
     "obs": Method(("heads", "ffn"), "uniform", _obs, baselines=True, sequential=True),
     "svd-llm": Method(("linear",), "uniform", _svd_llm, baselines=True),

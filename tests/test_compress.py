@@ -153,6 +153,25 @@ def test_refine_lowers_the_held_out_error_or_changes_nothing(calibrated):
     assert (b - dense).square().sum() < (a - dense).square().sum()
 
 
+def test_the_refitted_output_is_nearer_to_the_dense_guided_prediction(calibrated):
+    """On the states that judge, by as much as the plan says; the dense UNet keeps its own."""
+    pipe, statistics = calibrated
+    states, scale = statistics.states(), statistics.recipe.guidance_scale
+    judges = set(sorted(set(states.prompts))[2::3])
+    held = [i for i, prompt in enumerate(states.prompts) if prompt in judges]
+    options = Options(0.5, influence="local")
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    refitted, plan = compress(pipe, statistics, options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+    plan_alone, solutions = make_plan(pipe, statistics, options)
+    plain = build(pipe.unet, plan_alone.ranks(), solutions)
+    arguments = states.batch(held, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        dense, a, b = (guided(unet(**arguments).sample, len(held), scale) for unet in (pipe.unet, plain, refitted))
+    ratio = float((b - dense).square().sum() / (a - dense).square().sum())
+    assert ratio == pytest.approx(plan.refits["conv_out"], rel=1e-3) and ratio < 1
+
+
 def test_statistics_of_other_groups_are_refused(calibrated):
     _, statistics = calibrated
     other = tiny_pipeline(Path(statistics.path).parent / "tokenizer", tiny_unet(layers_per_block=2))
