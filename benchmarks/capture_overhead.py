@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from slimdiff.calibrate import automatic_batch_size
 from slimdiff.capture import captured
 from slimdiff.gram import Gram
 from slimdiff.groups import find_groups
+from slimdiff.guidance import guided
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
     conditioning = pipeline.encode(pipe, job.prompts[:size], job.negatives[:size])
     groups = find_groups(pipe.unet)
     grams: dict[str, Gram] = {}
+    guide = partial(guided, prompts=size, guidance_scale=job.guidance_scale)
 
     def run() -> float:
         if device.type == "cuda":
@@ -48,7 +51,7 @@ def main() -> None:
         return time.perf_counter() - started
 
     def run_captured() -> float:
-        with captured(pipe.unet, groups, grams):
+        with captured(pipe.unet, groups, grams, guide=guide):
             return run()
 
     run(), run_captured()

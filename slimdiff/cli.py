@@ -42,7 +42,7 @@ def main() -> None:
 @model_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
-@click.option("--baselines", is_flag=True, help="Also sum what 'compress --method paper' and 'svd-llm' need.")
+@click.option("--baselines", is_flag=True, help="Also sum what every other 'compress --method' but svd needs.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
 @click.option("-o", "--output", type=PATH, help="Statistics.  [default: slimdiff-out/<model>/statistics.safetensors]")
 @command

@@ -60,8 +60,7 @@ def test_jobs_of_the_modes():
     ablation = list(quality.jobs(asked(ablation=True)))
     assert {job.way.name for job in ablation if job.mode == "ablation"} == {
         "no key centring", "value covariances", "ridge leverage", "no guidance in the sums",
-        "no bias correction",
-        "timesteps decreasing", "timesteps sigma",
+        "no bias correction", "no refitted output", "timesteps decreasing", "timesteps sigma",
     }  # fmt: skip
     assert all(job.way.name in quality.WAYS for job in ablation if job.mode == "main")
     counts = list(quality.jobs(asked(prompt_counts=[8, 500])))
