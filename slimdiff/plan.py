@@ -40,8 +40,8 @@ class Plan:
     """`budget` is the share to remove `of` ("groups", "unet" or "macs"); `achieved` the same share as it came out.
 
     `provenance` names what it was made from: model, fingerprint, statistics, versions, options. `refits` holds, for
-    each group or layer that was refitted, the held-out error after over before. `predicted_error` of the final latents, and the
-    `lower_bound` on what any widths could predict, are None where widths were not chosen by it.
+    each group or layer that was refitted, the held-out error after over before. `predicted_error` of the final latents,
+    and the `lower_bound` on what any widths could predict, are None where widths were not chosen by it.
     """
 
     budget: float
