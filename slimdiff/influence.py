@@ -227,8 +227,7 @@ def _sampler(pipe: DiffusionPipeline, states: States, recipe: Recipe, prompts: i
 def _predictor(unet: nn.Module, states: States, recipe: Recipe, chosen: Sequence[int]) -> Callable[[], Tensor]:
     """Runs the UNet on the chosen states: guided predictions (chosen, C, H, W)."""
     parameter = next(unet.parameters())
-    parts = [list(chosen[first : first + BATCH]) for first in range(0, len(chosen), BATCH)]
-    batches = [(len(part), states.batch(part, parameter.device, parameter.dtype)) for part in parts]
+    batches = list(states.batches(chosen, BATCH, parameter.device, parameter.dtype))
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -2,11 +2,11 @@
 
 Errors pile up through depth: a layer that was cut in isolation is fed by layers that were cut too. With the dense and
 the slim UNet side by side on the same calibration states, a layer is fitted anew by least squares on the slim model's
-own inputs. `refit_output` does so for the UNet's last convolution, whose target is the dense guided
-prediction. `refine` walks the output projections in the order of the data; the target of each is what the dense layer
-produced, plus a share of the drift that has gathered in the residual stream before it. On few states such a fit can do
-harm, so two thirds of the prompts fit and the others judge: the share, and the pull towards the present weights, are
-chosen on them, and a layer keeps its refit only if it lowers the error there.
+own inputs. `refit_output` does so for the UNet's last convolution, whose target is the dense guided prediction.
+`refine` walks the output projections in the order of the data; the target of each is what the dense layer produced,
+plus a share of the drift that has gathered in the residual stream before it. On few states such a fit can do harm, so
+two thirds of the prompts fit and the others judge: the share, and the pull towards the present weights, are chosen on
+them, and a layer keeps its refit only if it lowers the error there.
 """
 
 from __future__ import annotations
@@ -115,23 +115,19 @@ def _predictions(
     """x is the slim model's guided input of `conv_out` under the kernel, y the dense guided prediction."""
     layer: Any = slim.conv_out
     sums = _Sums.of(layer.weight[0].numel(), layer.out_channels, layer.weight.device)
-    for part in _batches(chosen):
-        arguments = states.batch(part, layer.weight.device, layer.weight.dtype)
+    for count, arguments in states.batches(chosen, BATCH, layer.weight.device, layer.weight.dtype):
         seen: list[Tensor] = []
         hook = layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         try:
             slim(**arguments)
         finally:
             hook.remove()
-        inputs, wanted = (guided(x, len(part), guidance_scale) for x in (seen[0], dense(**arguments)[0]))
-        for image, y in zip(inputs, wanted, strict=True):  # one at a time: unfolded, it is nine times as large
+        inputs, wanted = (guided(x, count, guidance_scale) for x in (seen[0], dense(**arguments)[0]))
+        for image, prediction in zip(inputs, wanted, strict=True):  # one at a time: unfolded, it is nine times as large
             patches = nn.functional.unfold(image[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            sums.add(patches[0].T.double(), y.flatten(1).T.double(), torch.zeros_like(y.flatten(1).T).double())
+            y = prediction.flatten(1).T.double()
+            sums.add(patches[0].T.double(), y, torch.zeros_like(y))
     return sums
-
-
-def _batches(chosen: Sequence[int]) -> list[list[int]]:
-    return [list(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH)]
 
 
 @torch.no_grad()
@@ -161,9 +157,8 @@ def _sums(
 ) -> _Sums:
     layer = output_layer(slim, group)
     sums = _Sums.of(layer.in_features, layer.out_features, layer.weight.device)
-    for part in _batches(chosen):
-        arguments = states.batch(part, layer.weight.device, layer.weight.dtype)
-        rows = partial(_rows, states=len(part), guidance_scale=guidance_scale)
+    for count, arguments in states.batches(chosen, BATCH, layer.weight.device, layer.weight.dtype):
+        rows = partial(_rows, states=count, guidance_scale=guidance_scale)
         _, y, stream = map(rows, _run_to(dense, group, arguments))
         x, _, slim_stream = map(rows, _run_to(slim, group, arguments))
         sums.add(x, y, stream - slim_stream)

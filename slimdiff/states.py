@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,14 @@ class States:
             tensors["prompts"].tolist(),
             {name.removeprefix("conditioning."): list(t) for name, t in tensors.items() if name.startswith("cond")},
         )
+
+    def batches(
+        self, chosen: Sequence[int], size: int, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """`batch` for up to `size` of the chosen states at a time, each with how many they are."""
+        for first in range(0, len(chosen), size):
+            part = list(chosen[first : first + size])
+            yield len(part), self.batch(part, device, dtype)
 
     def batch(self, chosen: list[int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """UNet arguments for some states, each once per half of its guidance: 2 m rows, negative half first."""
