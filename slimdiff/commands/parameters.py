@@ -59,6 +59,11 @@ def _sizes(text: str) -> tuple[int, ...]:
 SHARE, GROUPS, SIZES = Parsed("share", _share), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
 
 
+def say(text: str) -> None:
+    """To people, not to pipes: what is worth knowing beside the outcome."""
+    click.echo(text, err=True)
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a SlimdiffError into its text and exit code 1, and being out of GPU memory into advice."""
 

@@ -1,0 +1,82 @@
+"""`slimdiff bench`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimdiff import outputs
+from slimdiff.commands.parameters import PATH, SIZES, command, model_options, picture_options, say
+
+
+@click.command()
+@click.argument("slim", required=False, type=PATH)
+@click.option("--dense", help="Dense model.  [default: the one the slim checkpoint was made from]")
+@picture_options
+@click.option("--seed", default=10_000, help="Prompt i starts from the noise of seed + i.")
+@click.option("--batch-sizes", type=SIZES, default="1,4", help="Pictures at once, for latency.")
+@click.option("--repeats", type=click.IntRange(3), default=20, help="Timed pairs for each latency.")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+@click.option("-o", "--output", type=PATH, help="Report folder.  [default: bench-<budget> beside the checkpoint]")
+@command
+def bench(
+    slim: Path | None,
+    dense: str | None,
+    prompts: Path | None,
+    column: str,
+    num_prompts: int | None,
+    seed: int,
+    batch_sizes: tuple[int, ...],
+    repeats: int,
+    device: str,
+    dtype: str,
+    variant: str | None,
+    as_json: bool,
+    output: Path | None,
+    **changes: Any,
+) -> None:
+    """Measure dense against slim in one run: speed, memory, size, and how far the pictures moved.
+
+    SLIM is a folder of 'slimdiff compress'; without it the newest under ./slimdiff-out is taken. Both models paint the
+    same prompts (by default ones that calibration never saw) from the same noise, with calibration's own settings.
+    Writes report.json and report.html (open it in a browser) and prints the table.
+    """
+    import json
+
+    from slimdiff import checkpoint, pipeline, recipe, source
+    from slimdiff.bench import Settings
+    from slimdiff.bench import bench as run
+    from slimdiff.plan import Plan
+    from slimdiff.report import page
+
+    if slim is None:
+        slim = outputs.newest_slim()
+        say(f"slim checkpoint: {slim}")
+    plan = Plan.from_json(checkpoint.read_plan(slim))
+    made = plan.provenance["recipe"]
+    texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
+    texts = texts[:num_prompts]
+    on = pipeline.device_of(device)
+    in_dtype = pipeline.dtype_of(dtype, on)
+    found = source.find(dense or plan.provenance["model"], variant or plan.provenance["variant"])
+    pipes = pipeline.load(found, in_dtype), checkpoint.load(slim, torch_dtype=in_dtype)
+    plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
+    for pipe in pipes:
+        pipeline.use_scheduler(pipe, made["scheduler"])
+        pipe.to(on)
+    settings = Settings(
+        prompts=texts,
+        negatives=("",) * len(texts),
+        seed=seed,
+        batch_sizes=batch_sizes,
+        repeats=repeats,
+        **{name: made[name] if value is None else value for name, value in changes.items()},
+    )
+    sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
+    result = run(*pipes, plan, settings, sizes=sizes)
+    json_path, html_path = page.write(result, output or outputs.report_path(slim))
+    click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
+    say(f"report: {json_path}\npictures: {html_path}")

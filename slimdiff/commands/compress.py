@@ -1,0 +1,111 @@
+"""`slimdiff compress`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimdiff import outputs
+from slimdiff.commands.parameters import GROUPS, PATH, SHARE, command, model_options, say
+from slimdiff.options import INFLUENCES, METHODS
+
+
+@click.command()
+@click.argument("statistics", required=False, type=PATH)
+@click.option("--budget", type=SHARE, default=0.35, help="Share to remove, at least 0, below 1.")
+@click.option(
+    "--budget-of",
+    "of",
+    type=click.Choice(["groups", "unet", "macs"]),
+    default="groups",
+    help="Share of what: the groups' parameters, the whole UNet's, or the groups' MACs.",
+)
+@click.option(
+    "--groups",
+    "kinds",
+    type=GROUPS,
+    help="Kinds to cut: query-key, value-output, feed-forward.  [default: qk,vo,ffn]",
+)
+@click.option("--independent-ranks", is_flag=True, help="Let query-key and value-output widths of one layer differ.")
+@click.option(
+    "--round-to",
+    type=click.IntRange(1),
+    help="Step of head widths; feed-forward widths take eight times that.  [default: 8, finer in narrow layers]",
+)
+@click.option(
+    "--min-width",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.125,
+    help="Least share of its width that a group keeps.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="slimdiff",
+    help="slimdiff's own solves, or a baseline to compare with; docs/quality.md says what each is.",
+)
+@click.option(
+    "--influence",
+    type=click.Choice(INFLUENCES),
+    help="What decides the widths: errors weighed by what they do to the final latents or to the predicted noise "
+    "(probed once, then cached), local errors as they are, the same share of every group, or the same share of every "
+    "group's energy.  [default: sampler; each baseline's own]",
+)
+@click.option("--probe-prompts", type=click.IntRange(1, 32), default=8, help="Prompts to probe with.")
+@click.option("--probe-steps", type=click.IntRange(1), default=10, help="Sampler steps of a probe.")
+@click.option(
+    "--refine/--no-refine",
+    default=False,
+    help="Refit output projections on calibration states; a layer keeps its refit if held-out states agree.",
+)
+@click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
+@model_options
+@click.option("--dry-run", is_flag=True, help="Print the plan, group by group, and write nothing.")
+@click.option("--force", is_flag=True, help="Replace an existing slim checkpoint.")
+@click.option("-o", "--output", type=PATH, help="Slim checkpoint.  [default: slim-<budget> beside the statistics]")
+@command
+def compress(
+    statistics: Path | None,
+    model: str | None,
+    device: str,
+    dtype: str,
+    variant: str | None,
+    dry_run: bool,
+    force: bool,
+    output: Path | None,
+    **choices: Any,
+) -> None:
+    """Remove a share of the UNet in closed form, and write a slim diffusers checkpoint.
+
+    STATISTICS is the file of 'slimdiff calibrate'; without it the newest under ./slimdiff-out is taken. One budget is
+    shared out over all layers by how much each one's error moves the final picture. The result loads in plain
+    diffusers, also where slimdiff is not installed.
+    """
+    from slimdiff import checkpoint, pipeline, source
+    from slimdiff.compress import Options
+    from slimdiff.compress import compress as run
+    from slimdiff.statistics import StatisticsFile
+
+    if statistics is None:
+        statistics = outputs.newest_statistics()
+        say(f"statistics: {statistics}")
+    file = StatisticsFile(statistics)
+    options = Options(**choices)
+    output = output or outputs.slim_path(statistics, options.budget, options.of, options.method)
+    if not dry_run:
+        checkpoint.check_output(output, force)
+    on = pipeline.device_of(device)
+    dense = source.find(model or file.model, variant or file.variant)
+    stored = source.stored_dtype(dense)
+    pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
+    file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
+    slim, plan = run(pipe.to(on), file, options)
+    click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
+    if dry_run:
+        return
+    slim.to("cpu", stored if dtype == "auto" else pipeline.dtype_of(dtype, on))
+    checkpoint.write(output, slim, pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force)
+    click.echo(f"{output}: slim checkpoint, {checkpoint.size_in_bytes(output) / 1e6:.1f} MB of UNet weights")
+    say("next: slimdiff bench")
