@@ -1,0 +1,80 @@
+"""The configs of published UNets, and what they weigh: parameters, groups and multiply-accumulates, on no memory.
+
+python benchmarks/architectures.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from slimdiff.groups import KINDS, find_groups
+from slimdiff.macs import count
+
+TEXT_TOKENS = 77
+
+_SD1: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+_SD2: dict[str, Any] = {
+    "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True, "upcast_attention": True,
+}  # fmt: skip
+_XL: dict[str, Any] = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": _SD1,
+    "sd15-inpainting": _SD1 | {"in_channels": 9},
+    "bk-sdm-base": _SD1 | {"layers_per_block": 1},
+    "bk-sdm-small": _SD1 | {"layers_per_block": 1, "mid_block_type": None},
+    "bk-sdm-tiny": _SD1 | {
+        "layers_per_block": 1, "mid_block_type": None, "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    },
+    "sd21-base": _SD2 | {"sample_size": 64, "upcast_attention": False},
+    "sd21": _SD2,
+    "sd2-inpainting": _SD2 | {"sample_size": 64, "in_channels": 9, "upcast_attention": False},
+    "sdxl": _XL | {"transformer_layers_per_block": (1, 2, 10)},
+    "sdxl-inpainting": _XL | {"transformer_layers_per_block": (1, 2, 10), "in_channels": 9},
+    "sdxl-refiner": _XL | {
+        "block_out_channels": (384, 768, 1536, 1536), "attention_head_dim": (6, 12, 24, 24),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 4, "cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 2560,
+    },
+    "ssd-1b": _XL | {
+        "transformer_layers_per_block": (1, (2, 2), (4, 4)), "mid_block_type": "UNetMidBlock2D",
+        "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+    },
+}  # fmt: skip
+"""Keyword arguments of UNet2DConditionModel where the published unet/config.json differs from its defaults."""
+
+
+def build(name: str) -> UNet2DConditionModel:
+    """One of CONFIGS on the meta device."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**CONFIGS[name])
+
+
+def main() -> None:
+    """Print the table; multiply-accumulates are of one forward at the native resolution, attention core included."""
+    print("| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs |")
+    print("|---|---|---|---|---|---|")
+    for name in CONFIGS:
+        unet = build(name)
+        side = unet.config.sample_size
+        groups, parameters = find_groups(unet), sum(p.numel() for p in unet.parameters())
+        numbers = " / ".join(str(sum(group.kind == kind for group in groups)) for kind in KINDS)
+        share = sum(group.params for group in groups) / parameters
+        macs = count(unet, (side, side), TEXT_TOKENS).total
+        print(f"| {name} | {8 * side} | {parameters / 1e6:.1f}M | {numbers} | {share:.1%} | {macs / 1e9:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
