@@ -63,8 +63,8 @@ def make_plan(
     groups = find_groups(unet, token_counts(unet, size, text_tokens), options.kinds or ())
     params = sum(parameter.numel() for parameter in unet.parameters())
     to_save = required(params, groups, options)
-    solutions = {
-        group.name: method.solve(Evidence(unet, group, lambda key: statistics.moments(key, unet.device)))
+    solutions: dict[str, Solution] = {
+        group.name: method.curve(Evidence(unet, group, lambda key: statistics.moments(key, unet.device)))
         for group in tqdm(groups, unit="group", disable=None, desc="solve")
     }
     errors = _errors(pipe, groups, solutions, statistics, options)

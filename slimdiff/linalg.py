@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -89,14 +90,19 @@ class NestedLeastSquares:
 
 def pack(symmetric: Tensor) -> Tensor:
     """The lower triangle of (..., d, d) as (..., d (d + 1) / 2), row by row."""
-    rows, columns = torch.tril_indices(*symmetric.shape[-2:], device=symmetric.device)
-    return symmetric[..., rows, columns]
+    return symmetric.flatten(-2).index_select(-1, _triangle(symmetric.shape[-1], symmetric.device))
 
 
 def unpack(packed: Tensor, d: int) -> Tensor:
     """The inverse of `pack`."""
-    rows, columns = torch.tril_indices(d, d, device=packed.device)
-    full = packed.new_zeros(*packed.shape[:-1], d, d)
-    full[..., rows, columns] = packed
-    full[..., columns, rows] = packed
-    return full
+    full = packed.new_zeros(*packed.shape[:-1], d * d)
+    full.index_copy_(-1, _triangle(d, packed.device), packed)
+    full = full.unflatten(-1, (d, d))
+    return full + full.tril(-1).mT
+
+
+@lru_cache(maxsize=16)
+def _triangle(d: int, device: torch.device) -> Tensor:
+    """Where the lower triangle's entries are in a flat (d, d) matrix, row by row."""
+    rows, columns = torch.tril_indices(d, d, device=device)
+    return rows * d + columns

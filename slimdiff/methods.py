@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,36 @@ from slimdiff.gram import Moments
 from slimdiff.groups import KINDS, Group, Kind, guided_key, inputs, names, probes
 from slimdiff.options import Influence, MethodName
 from slimdiff.solve import selection
-from slimdiff.solve.ffn import leverage, solve_ffn
+from slimdiff.solve.ffn import Rule, elimination, leverage, solve_ffn
 from slimdiff.solve.heads import solve_heads
 from slimdiff.solve.linear import solve_linear
 from slimdiff.solve.qk import solve_qk
-from slimdiff.solve.solution import Solution
+from slimdiff.solve.solution import Curve, Solution
 from slimdiff.solve.vo import solve_vo
 from slimdiff.solve.whitening import whiten_vo
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a solve goes by: one group of a UNet, and the moments of statistics by key."""
+    """What a solve goes by: one group of a UNet, and the moments of statistics by key.
+
+    It remembers the order in which hidden units were dropped, so that solving again costs little.
+    """
 
     unet: nn.Module
     group: Group
     moments: Callable[[str], Moments]
+    _orders: dict[Rule, Tensor] = field(default_factory=dict)
+
+    def once(self, choose: Rule) -> Rule:
+        """`choose`, which is asked the first time only."""
+
+        def remembered(moment: Tensor, weight: Tensor) -> Tensor:
+            if choose not in self._orders:
+                self._orders[choose] = choose(moment, weight)
+            return self._orders[choose]
+
+        return remembered
 
     def queries_and_keys(self) -> tuple[Moments, Moments]:
         """The keys centred per image."""
@@ -91,6 +105,11 @@ class Method:
     baselines: bool = False
     sequential: bool = False
 
+    def curve(self, evidence: Evidence) -> Curve:
+        """The solution, but for its factors, which are solved for when they are asked for: those of all groups together
+        would need several times the memory of the model."""
+        return Curve(self.solve(evidence).error, lambda: self.solve(evidence))
+
     def check(self, name: str, has_baselines: bool) -> None:
         """Raises StatisticsError if the statistics lack what the method needs."""
         if self.baselines and not has_baselines:
@@ -106,7 +125,7 @@ def _slimdiff(evidence: Evidence) -> Solution:
     weight, has_bias = evidence.out()
     if evidence.group.kind == "vo":
         return solve_vo(evidence.inner(), weight, evidence.group.heads, has_bias)
-    return solve_ffn(evidence.guided(), weight, has_bias)
+    return solve_ffn(evidence.guided(), weight, has_bias, evidence.once(elimination))
 
 
 def _paper(evidence: Evidence) -> Solution:
@@ -123,7 +142,7 @@ def _obs(evidence: Evidence) -> Solution:
     weight, _ = evidence.out()
     if evidence.group.kind == "heads":
         return solve_heads(evidence.inner().second, weight, evidence.group.heads)
-    return solve_ffn(evidence.inner(), weight, has_bias=False)
+    return solve_ffn(evidence.inner(), weight, has_bias=False, choose=evidence.once(elimination))
 
 
 def _svd_llm(evidence: Evidence) -> Solution:

@@ -24,7 +24,6 @@ from torch import Tensor
 from slimdiff.errors import StatisticsError
 from slimdiff.files import replacing
 from slimdiff.gram import Gram, Moments
-from slimdiff.linalg import pack, unpack
 from slimdiff.recipe import Recipe
 from slimdiff.states import States
 
@@ -46,7 +45,7 @@ class Statistics:
     def write(self, path: Path) -> None:
         """Write the file whole or not at all. Raises OutputError if it cannot be written."""
         dtype = torch.float32 if self.done == len(self.recipe.prompts) else torch.float64
-        tensors = {f"{key}.products": pack(gram.products).to("cpu", dtype) for key, gram in self.grams.items()}
+        tensors = {f"{key}.products": gram.packed.to("cpu", dtype) for key, gram in self.grams.items()}
         tensors |= {f"{key}.mean": gram.mean.cpu() for key, gram in self.grams.items()}
         tensors |= {f"states.{name}": tensor.contiguous() for name, tensor in self.states.tensors().items()}
         metadata = {
@@ -149,7 +148,7 @@ class StatisticsFile:
             raise StatisticsError(f"{self.path} holds no tokens for {key}: it was made for other groups, or is empty.")
         mean = self.tensor(f"{key}.mean")
         gram = Gram(mean.shape[1], mean.shape[0], device)
-        gram.products = unpack(self.tensor(f"{key}.products").to(device).double(), mean.shape[1])
+        gram.packed = self.tensor(f"{key}.products").to(device).double()
         gram.mean = mean.to(device)
         gram.count = self.metadata["tokens"][key]
         return gram

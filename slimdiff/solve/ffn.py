@@ -12,8 +12,8 @@ from slimdiff.gram import Moments
 from slimdiff.linalg import NestedLeastSquares, regularised, tails
 from slimdiff.solve.solution import Factors
 
-PANEL = 64
-"""Eliminations between two full updates of the inverse: large enough for matrix products to do the work."""
+PANEL = 128
+"""Eliminations between two full updates of the matrices: large enough for matrix products to do the work."""
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """From the moment of the units, (f, f), and W_2, (C, f), to the units in the order in which they are dropped, (f,)."""
@@ -24,37 +24,38 @@ def elimination(moment: Tensor, weight: Tensor) -> Tensor:
 
     Dropping unit j and refitting the rest adds `|w_j|² / P_jj` to the error, where P is the inverse of the moment of
     the units still there and w_j the refitted column: optimal brain surgery (Hassibi & Stork, 1993) on a linear layer.
-    With `v = P_:j / √P_jj` and `t = w_j / √P_jj`, the drop updates `P -= v vᵀ` and `W -= t vᵀ`. Updates are collected
-    in panels (V, T), so that most of the work is in matrix products; units are picked exactly as if applied one by one.
+    Of W only the products `K = Wᵀ W` are needed. With `v = P_:j / √P_jj` and `a = K_:j / √P_jj - (K_jj / P_jj) v / 2`,
+    the drop updates `P -= v vᵀ` and `K -= a vᵀ + v aᵀ`. Updates are collected in panels (V, A), so that matrix products
+    do most of the work; units are picked exactly as if they were applied one by one.
     """
-    f = weight.shape[1]
-    alive = torch.arange(f, device=weight.device)
+    tiny = torch.finfo(moment.dtype).tiny
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+    products = weight.mT @ weight
+    alive = torch.arange(len(inverse), device=inverse.device)
     dropped = []
-    while len(alive):
-        size = min(PANEL, len(alive))
-        v = inverse.new_zeros(len(alive), size)
-        t = weight.new_zeros(weight.shape[0], size)
-        diagonal, energy = inverse.diagonal().clone(), weight.square().sum(0)
-        gone = torch.zeros(len(alive), dtype=torch.bool, device=weight.device)
+    while n := len(alive):
+        size = min(PANEL, n)
+        v, a = inverse.new_zeros(n, size), inverse.new_zeros(n, size)
+        diagonal, energy = inverse.diagonal(), products.diagonal()
+        gone = torch.zeros(n, dtype=torch.bool, device=inverse.device)
         for step in range(size):
-            j = int((energy / diagonal).masked_fill(gone, torch.inf).argmin())
-            gone[j] = True
+            j = (energy / diagonal).masked_fill(gone, torch.inf).argmin()[None]  # a tensor: the GPU need not wait
+            gone.index_fill_(0, j, True)
             dropped.append(alive[j])
-            column = inverse[:, j] - v[:, :step] @ v[j, :step]
-            root = column[j].clamp_min(torch.finfo(column.dtype).tiny).sqrt()
-            v[:, step] = column / root
-            t[:, step] = (weight[:, j] - t[:, :step] @ v[j, :step]) / root
-            overlap = weight.mT @ t[:, step] - v[:, :step] @ (t[:, :step].mT @ t[:, step])
-            energy += v[:, step] * (v[:, step] * t[:, step].square().sum() - 2 * overlap)
-            energy.clamp_min_(0)
-            diagonal -= v[:, step].square()
-            diagonal.clamp_min_(torch.finfo(column.dtype).tiny)
+            before_v, before_a = v[:, :step], a[:, :step]
+            own_v, own_a = before_v[j][0], before_a[j][0]
+            p = inverse[j][0] - before_v @ own_v
+            k = products[j][0] - before_a @ own_v - before_v @ own_a
+            root = p[j].clamp_min(tiny).sqrt()
+            v[:, step] = p / root
+            a[:, step] = k / root - (k[j] / root.square() / 2) * v[:, step]
+            diagonal = (diagonal - v[:, step].square()).clamp_min(tiny)
+            energy = (energy - 2 * a[:, step] * v[:, step]).clamp_min(0)
         keep = ~gone
-        inverse = (inverse - v @ v.mT)[keep][:, keep]
-        weight = (weight - t @ v.mT)[:, keep]
+        inverse = inverse.addmm_(v, v.mT, alpha=-1)[keep][:, keep]
+        products = products.addmm_(a, v.mT, alpha=-1).addmm_(v, a.mT, alpha=-1)[keep][:, keep]
         alive = alive[keep]
-    return torch.stack(dropped)
+    return torch.cat(dropped)
 
 
 def leverage(moment: Tensor, weight: Tensor) -> Tensor:

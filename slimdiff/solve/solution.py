@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,3 +36,14 @@ class Solution(Protocol):
         """Relative squared error at every width 0..d, (d + 1,): 1 at width 0 (0 for a dead layer), 0 at full width."""
 
     def at(self, r: int) -> Factors: ...
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A solution of which only the error stays in memory: whoever wants factors has the group solved again."""
+
+    error: Tensor
+    solve: Callable[[], Solution]
+
+    def at(self, r: int) -> Factors:
+        return self.solve().at(r)
