@@ -32,9 +32,9 @@ def main() -> None:
     dense = source.find(args.model)
     pipe = pipeline.load(dense, pipeline.dtype_of("auto", device)).to(device)
     job = recipe.family_recipe(pipeline.family(pipe, dense), pipeline.native_size(pipe), steps=args.steps)
-    size = args.batch_size or automatic_batch_size(pipe, job)
-    conditioning = pipeline.encode(pipe, job.prompts[:size], job.negatives[:size])
     groups = find_groups(pipe.unet)
+    size = args.batch_size or automatic_batch_size(pipe, groups, job)
+    conditioning = pipeline.encode(pipe, job.prompts[:size], job.negatives[:size])
     grams: dict[str, Gram] = {}
     guide = partial(guided, prompts=size, guidance_scale=job.guidance_scale)
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
-from slimdiff.groups import find_groups
+from slimdiff.groups import Group, find_groups
 from slimdiff.guidance import guided
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
 from slimdiff.recipe import Recipe
@@ -81,7 +82,7 @@ def calibrate(
     if resume and unfinished.exists():
         statistics = _resumed(unfinished, statistics, pipe.unet.device)
     first = statistics.done
-    batch_size = batch_size or automatic_batch_size(pipe, recipe)
+    batch_size = batch_size or automatic_batch_size(pipe, groups, recipe)
     pipe.scheduler.set_timesteps(recipe.steps)
     calls, shares = len(pipe.scheduler.timesteps), weights(recipe.timestep_weights, pipe.scheduler)
     saved = time.monotonic()
@@ -150,11 +151,25 @@ def _resumed(unfinished: Path, wanted: Statistics, device: torch.device) -> Stat
     )
 
 
-def automatic_batch_size(pipe: DiffusionPipeline, recipe: Recipe) -> int:
-    """Prompts at once: as many as keep the device busy, fewer the larger the picture."""
+def automatic_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -> int:
+    """Prompts at once: as many as keep the device busy and fit into a GPU's memory, fewer the larger the picture."""
     pixels = recipe.height * recipe.width // pipe.vae_scale_factor**2
-    budget = 65536 if pipe.unet.device.type == "cuda" else 4608
-    return max(1, min(32, budget // pixels))
+    on_gpu = pipe.unet.device.type == "cuda"
+    size = max(1, min(32, len(recipe.prompts), (65536 if on_gpu else 4608) // pixels))
+    return fitting_batch_size(pipe, groups, recipe, size) if on_gpu else size
+
+
+def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe, most: int) -> int:
+    """`most` prompts at once, or as many as memory allows: one step with throw-away sums is tried."""
+
+    @find_executable_batch_size(starting_batch_size=most)
+    def attempt(size: int) -> int:
+        guide = partial(guided, prompts=size, guidance_scale=recipe.guidance_scale)
+        with captured(pipe.unet, groups, {}, guide=guide):
+            paint(pipe, replace(recipe, steps=1), range(size))
+        return size
+
+    return int(attempt())
 
 
 @contextmanager

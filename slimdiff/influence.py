@@ -45,9 +45,6 @@ BROKEN = 1e6
 CHANGED = 1e-3
 """Relative change of a local error from which on it is that of another solution."""
 
-BATCH = 8
-"""Calibration states at once."""
-
 KEEP_EVERY = 10.0
 """Seconds between two writes of the cache."""
 
@@ -227,7 +224,7 @@ def _sampler(pipe: DiffusionPipeline, states: States, recipe: Recipe, prompts: i
 def _predictor(unet: nn.Module, states: States, recipe: Recipe, chosen: Sequence[int]) -> Callable[[], Tensor]:
     """Runs the UNet on the chosen states: guided predictions (chosen, C, H, W)."""
     parameter = next(unet.parameters())
-    batches = list(states.batches(chosen, BATCH, parameter.device, parameter.dtype))
+    batches = list(states.batches(chosen, parameter.device, parameter.dtype))
 
     @torch.no_grad()
     def run() -> Tensor:

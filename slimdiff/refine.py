@@ -31,9 +31,6 @@ PULLS = (0.003, 0.03, 0.3, 3.0)
 SHARES = (0.0, 0.5, 1.0)
 """Shares of the residual drift that a layer is asked to make good."""
 
-BATCH = 16
-"""States at once."""
-
 
 @dataclass(frozen=True)
 class Refit:
@@ -115,7 +112,7 @@ def _predictions(
     """x is the slim model's guided input of `conv_out` under the kernel, y the dense guided prediction."""
     layer: Any = slim.conv_out
     sums = _Sums.of(layer.weight[0].numel(), layer.out_channels, layer.weight.device)
-    for count, arguments in states.batches(chosen, BATCH, layer.weight.device, layer.weight.dtype):
+    for count, arguments in states.batches(chosen, layer.weight.device, layer.weight.dtype):
         seen: list[Tensor] = []
         hook = layer.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         try:
@@ -157,7 +154,7 @@ def _sums(
 ) -> _Sums:
     layer = output_layer(slim, group)
     sums = _Sums.of(layer.in_features, layer.out_features, layer.weight.device)
-    for count, arguments in states.batches(chosen, BATCH, layer.weight.device, layer.weight.dtype):
+    for count, arguments in states.batches(chosen, layer.weight.device, layer.weight.dtype):
         rows = partial(_rows, states=count, guidance_scale=guidance_scale)
         _, y, stream = map(rows, _run_to(dense, group, arguments))
         x, _, slim_stream = map(rows, _run_to(slim, group, arguments))

@@ -17,6 +17,10 @@ PER_PROMPT = 8
 """States kept of each prompt, spread evenly over its UNet calls with a start of its own."""
 
 
+PIXELS = 65536
+"""Latent pixels at once."""
+
+
 @dataclass
 class States:
     """`samples` (m, C, H, W), `timesteps` (m,) and `prompts` (m,), the index of each state's prompt.
@@ -51,9 +55,10 @@ class States:
         )
 
     def batches(
-        self, chosen: Sequence[int], size: int, device: torch.device, dtype: torch.dtype
+        self, chosen: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """`batch` for up to `size` of the chosen states at a time, each with how many they are."""
+        """`batch` for a part of the chosen states at a time, the smaller the larger they are, and how many it holds."""
+        size = min(16, max(1, PIXELS // self.samples[0][0].numel()))
         for first in range(0, len(chosen), size):
             part = list(chosen[first : first + size])
             yield len(part), self.batch(part, device, dtype)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
 
-from slimdiff.calibrate import Interrupted, calibrate
+from slimdiff.calibrate import Interrupted, calibrate, fitting_batch_size
 from slimdiff.errors import OutputError, StatisticsError
 from slimdiff.groups import find_groups
 from slimdiff.recipe import Recipe
@@ -38,6 +38,22 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
     for name, one in a.items():
         scale = one.abs().max().clamp_min(1.0)  # sums of centred keys are zero but for rounding
         assert ((one - b[name]).abs().max() / scale) <= tolerance, name
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller_before_anything_is_summed(pipe):
+    tried = []
+
+    def limited(module, args, kwargs):
+        tried.append(len(args[0]))
+        if len(args[0]) > 4:  # both halves of two prompts
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    handle = pipe.unet.register_forward_pre_hook(limited, with_kwargs=True)
+    try:
+        assert fitting_batch_size(pipe, find_groups(pipe.unet), RECIPE, 5) == 2
+    finally:
+        handle.remove()
+    assert tried == [10, 8, 6, 4]
 
 
 def test_batch_size_changes_nothing_but_rounding(pipe, tmp_path):
