@@ -162,14 +162,13 @@ def automatic_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recip
 def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe, most: int) -> int:
     """`most` prompts at once, or as many as memory allows: one step with throw-away sums is tried."""
 
-    @find_executable_batch_size(starting_batch_size=most)
     def attempt(size: int) -> int:
         guide = partial(guided, prompts=size, guidance_scale=recipe.guidance_scale)
         with captured(pipe.unet, groups, {}, guide=guide):
             paint(pipe, replace(recipe, steps=1), range(size))
         return size
 
-    return int(attempt())
+    return int(find_executable_batch_size(attempt, starting_batch_size=most)())
 
 
 @contextmanager

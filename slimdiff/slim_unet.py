@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "ModelMixin",
     "SlimAttnProcessor",
     "SlimUNet2DConditionModel",
+    "TextProjection",
     "UnequalAttention",
 ]
 
@@ -135,6 +137,35 @@ class LowRank(nn.Linear):
         return super().forward(self.inner(x))
 
 
+class TextProjection(nn.Linear):
+    """Keys or values of the text, projected once for a picture: the text is the same tensor at every step of it.
+
+    What was projected last is kept as long as that tensor lives and neither it nor the weights are written to. While
+    gradients are recorded or the model is compiled, nothing is kept. Only writing to `weight.data`, past torch's count
+    of versions, goes unseen; `forget` is for those who do, as merging a LoRA does.
+    """
+
+    reuse = True
+    _seen: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of(cls, dense: nn.Linear) -> TextProjection:
+        projection = cls(dense.in_features, dense.out_features, dense.bias is not None)
+        projection.load_state_dict(dense.state_dict(), assign=True)
+        return projection
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        if not self.reuse or torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference():
+            return super().forward(text)
+        versions = [x._version for x in (text, *self.parameters())]
+        if self._seen is None or self._seen[0]() is not text or self._seen[1] != versions:
+            self._seen = weakref.ref(text, self.forget), versions, super().forward(text)
+        return self._seen[2]
+
+    def forget(self, *_: Any) -> None:
+        self._seen = None
+
+
 class SlimUNet2DConditionModel(UNet2DConditionModel):
     """`UNet2DConditionModel` with cut layers.
 
@@ -168,6 +199,30 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
             auto_map={"AutoModel": f"{MODULE}.{type(self).__name__}"},
         )
         _narrow(self, slim_ranks or {})
+        for layer in self.modules():
+            if isinstance(layer, Attention) and layer.is_cross_attention:
+                layer.to_k, layer.to_v = (_reusing(matrix) for matrix in (layer.to_k, layer.to_v))
+
+    def reuse_text_projections(self, reuse: bool = True) -> None:
+        """Whether keys and values of the text are projected once for a picture (the default) or at every step."""
+        for projection in self._text_projections():
+            projection.reuse = reuse
+            projection.forget()
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        super().fuse_lora(*args, **kwargs)
+        self._forget_text()
+
+    def unfuse_lora(self) -> None:
+        super().unfuse_lora()
+        self._forget_text()
+
+    def _text_projections(self) -> Iterator[TextProjection]:
+        return (layer for layer in self.modules() if isinstance(layer, TextProjection))
+
+    def _forget_text(self) -> None:
+        for projection in self._text_projections():
+            projection.forget()
 
     @classmethod
     def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
@@ -293,6 +348,10 @@ def _narrow_feed_forward(layer: Any, width: int) -> None:
 
 def _linear(dense: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=dense.bias is not None)
+
+
+def _reusing(matrix: nn.Linear) -> nn.Linear:
+    return TextProjection.of(matrix) if type(matrix) is nn.Linear else matrix
 
 
 def _signature() -> inspect.Signature:
