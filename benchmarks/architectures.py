@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from slimdiff.groups import KINDS, find_groups
 from slimdiff.macs import count
@@ -60,6 +61,22 @@ def build(name: str) -> UNet2DConditionModel:
     """One of CONFIGS on the meta device."""
     with torch.device("meta"):
         return UNet2DConditionModel(**CONFIGS[name])
+
+
+@torch.no_grad()
+def randomised(module: nn.Module, dtype: torch.dtype = torch.float16, device: str = "cpu") -> Any:
+    """A module of the meta device with seeded random weights: norms are neutral, matrices keep the variance."""
+    module = module.to(dtype).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+    for name, buffer in module.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1])[None])
+    return module.eval()
 
 
 def main() -> None:

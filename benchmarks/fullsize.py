@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import CONFIGS
+from architectures import CONFIGS, randomised
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -55,23 +55,6 @@ TEXT: dict[int, dict[str, Any]] = {
     1280: {"num_hidden_layers": 32, "num_attention_heads": 20, "intermediate_size": 5120, "projection_dim": 1280},
 }  # fmt: skip
 """Published CLIP text encoders by hidden size."""
-
-
-@torch.no_grad()
-def randomised(module: nn.Module) -> nn.Module:
-    """A module of the meta device with seeded float16 weights: norms are neutral, matrices keep the variance."""
-    module = module.half().to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            spread = parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-        else:
-            nn.init.constant_(parameter, float(name.endswith("weight")))
-    for name, buffer in module.named_buffers():
-        if name.endswith("position_ids"):
-            buffer.copy_(torch.arange(buffer.shape[-1])[None])
-    return module.eval()
 
 
 def text_encoder(size: int, tokenizer: CLIPTokenizer, kind: type = CLIPTextModel) -> nn.Module:
