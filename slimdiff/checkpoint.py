@@ -45,8 +45,13 @@ With slimdiff, which runs no code from here:
     import slimdiff
     pipe = slimdiff.load("path/to/this/folder")
 
-LoRAs trained on the original do not fit cut layers: merge them into the original before compressing it.
+{loras}
 """
+
+_LORAS = {
+    True: "LoRAs trained on the original work here: `pipe.load_lora_weights(...)` maps them to the cut layers.",
+    False: "LoRAs trained on the original do not fit cut layers: merge them into the original before compressing it.",
+}
 
 
 def check_output(output: Path, force: bool = False) -> Path:
@@ -94,7 +99,8 @@ def write(
         _write_json(partial / "unet" / "config.json", _read_json(partial / "unet" / "config.json"))
         (partial / PLAN).parent.mkdir()
         (partial / PLAN).write_text(plan_json, encoding="utf-8")
-        readme = _README.format(groups=len(unet.config["slim_ranks"]), module=MODULE)
+        loras = _LORAS[bool(unet.config["slim_maps"] or not unet.config["slim_ranks"])]
+        readme = _README.format(groups=len(unet.config["slim_ranks"]), module=MODULE, loras=loras)
         (partial / "README.md").write_text(readme, encoding="utf-8")
         for weights in partial.rglob("*.safetensors"):
             shutil.copymode(partial / "README.md", weights)  # safetensors lets nobody but the owner read its files
@@ -112,17 +118,23 @@ def load(path: str | Path, torch_dtype: Any = None, **kwargs: Any) -> DiffusionP
     slim checkpoint, is of a newer format, or its UNet is damaged.
     """
     folder = Path(path)
-    _check_slim(folder)
     dtype = torch_dtype.get("unet", torch_dtype.get("default")) if isinstance(torch_dtype, dict) else torch_dtype
-    try:
-        unet = SlimUNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"The UNet in {folder} cannot be loaded: {error}") from error
+    unet = load_unet(folder, dtype)
     kwargs = {"use_safetensors": True} | ({} if torch_dtype is None else {"torch_dtype": torch_dtype}) | kwargs
     with warnings.catch_warnings():
         # The new name, `dtype`, would be ignored by the older versions of diffusers that are supported too.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
         return DiffusionPipeline.from_pretrained(folder, unet=unet, **kwargs)
+
+
+def load_unet(path: str | Path, torch_dtype: torch.dtype | None = None) -> SlimUNet2DConditionModel:
+    """The UNet of a slim checkpoint. Raises as `load` does."""
+    folder = Path(path)
+    _check_slim(folder)
+    try:
+        return SlimUNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch_dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"The UNet in {folder} cannot be loaded: {error}") from error
 
 
 def is_slim(path: str | Path) -> bool:

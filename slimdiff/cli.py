@@ -8,6 +8,7 @@ from slimdiff import __version__
 from slimdiff.commands.bench import bench
 from slimdiff.commands.calibrate import calibrate
 from slimdiff.commands.compress import compress
+from slimdiff.commands.lora import lora
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench):
+for _command in (calibrate, compress, bench, lora):
     main.add_command(_command)

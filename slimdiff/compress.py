@@ -37,16 +37,16 @@ def compress(
     lack what the method needs.
     """
     plan, solutions = make_plan(pipe, statistics, options)
-    slim = build(pipe.unet, plan.ranks(), solutions)
-    refits_output = METHODS[options.method].refits_output
-    if not plan.ranks() or not (options.refine or refits_output):
+    method = METHODS[options.method]
+    slim = build(pipe.unet, plan.ranks(), solutions, maps=options.lora_maps if method.adapters else 0)
+    if not plan.ranks() or not (options.refine or method.refits_output):
         return slim, plan
     refits: list[Refit] = []
     seen = statistics.states(), statistics.recipe.guidance_scale
     if options.refine:
         cut = [group for group in find_groups(pipe.unet) if group.name in plan.ranks()]
         refits += refine(pipe.unet, slim, cut, *seen)
-    if refits_output:
+    if method.refits_output:
         refits.append(refit_output(pipe.unet, slim, *seen))
     return slim, replace(plan, refits={refit.name: refit.ratio for refit in refits})
 

@@ -87,6 +87,26 @@ class NestedLeastSquares:
         leading = self.factor[:r, :r]
         return torch.linalg.solve_triangular(leading, self.image[:, :r], upper=False, left=False)
 
+    def others(self, r: int, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """What the first r coordinates tell of the others, as two thin factors, (d, s) and (s, r) with s <= `rank`.
+
+        G is a covariance here, and `mean`, (d,), the mean of x. On the coordinates D beyond r the product M is the
+        least-squares fit of x_D by x_r up to that rank, without a constant term. For the spread that is
+        `N = G[D, :r] G[:r, :r]⁻¹ = L_Dr L_r⁻¹`, on the leading eigenvectors of what it explains, `L_Dr L_Drᵀ`.
+        The mean that N misses, `c = m_D - N m_r`, takes one rank: it goes with the linear function of x_r nearest to 1,
+        `w = G[:r, :r]⁻¹ m_r / (1 + m_rᵀ G[:r, :r]⁻¹ m_r)`. With all ranks, `M_D = N + c wᵀ` is the fit on the moment
+        `G + m mᵀ` (Sherman-Morrison). Rows :r of M are zero.
+        """
+        leading, below = self.factor[:r, :r], self.factor[r:, :r]
+        _, vectors = torch.linalg.eigh(below @ below.mT)
+        vectors = vectors[:, len(below) - min(rank - 1, len(below)) :]
+        right = torch.linalg.solve_triangular(leading, vectors.mT @ below, upper=False, left=False)
+        constant = torch.cholesky_solve(mean[:r, None], leading).mT
+        constant = constant / (1 + constant @ mean[:r, None])
+        left = torch.cat([vectors, (mean[r:] - vectors @ (right @ mean[:r]))[:, None]], 1)
+        right = torch.cat([right, constant])
+        return torch.cat([left.new_zeros(r, left.shape[1]), left]), right
+
 
 def pack(symmetric: Tensor) -> Tensor:
     """The lower triangle of (..., d, d) as (..., d (d + 1) / 2), row by row."""

@@ -94,14 +94,16 @@ Solve = Callable[[Evidence], Solution]
 
 @dataclass(frozen=True)
 class Method:
-    """`refits_output` says whether the UNet's last convolution is fitted anew in the end, `baselines` whether the
-    method needs the sums of `slimdiff calibrate --baselines`, `sequential` whether its groups are solved one package
-    after the other, each on what the packages cut before really feed it."""
+    """`refits_output` says whether the UNet's last convolution is fitted anew in the end, `adapters` whether the slim
+    UNet has maps for adapters of the dense one, `baselines` whether the method needs the sums of `slimdiff calibrate
+    --baselines`, `sequential` whether its groups are solved one package after the other, each on what the packages cut
+    before really feed it."""
 
     kinds: tuple[Kind, ...]
     influence: Influence
     solve: Solve
     refits_output: bool = False
+    adapters: bool = False
     baselines: bool = False
     sequential: bool = False
 
@@ -205,7 +207,7 @@ def _random(evidence: Evidence) -> Tensor:
 
 
 METHODS: dict[MethodName, Method] = {
-    "slimdiff": Method(KINDS, "sampler", _slimdiff, refits_output=True),
+    "slimdiff": Method(KINDS, "sampler", _slimdiff, refits_output=True, adapters=True),
     "paper": Method(KINDS, "energy", _paper, baselines=True),
     "obs": Method(("heads", "ffn"), "uniform", _obs, baselines=True, sequential=True),
     "svd-llm": Method(("linear",), "uniform", _svd_llm, baselines=True),

@@ -30,7 +30,8 @@ class Options:
     the predicted noise (probed with `probe_prompts` prompts, `probe_steps` sampler steps, at these `probe_shares` of
     the width), "local" takes them as they are, "uniform" keeps the same share of every group, "energy" the same share
     of every group's energy; None is the method's own. `refine` refits output projections on the calibration states
-    afterwards.
+    afterwards. `lora_maps` is the rank of the maps by which LoRAs of the dense model fit the slim one; 0 leaves them
+    out.
 
     Raises BudgetError for shares that are none.
     """
@@ -47,6 +48,7 @@ class Options:
     probe_steps: int = 10
     probe_shares: tuple[float, ...] = (0.5,)
     refine: bool = False
+    lora_maps: int = 32
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget < 1:

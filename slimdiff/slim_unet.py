@@ -10,7 +10,8 @@ import inspect
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import nn
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
 
 FORMAT = 1
 MODULE = "slimdiff_unet"
+
+Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SlimAttnProcessor:
@@ -175,6 +179,10 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
     a FeedForward>.ffn` (hidden units), `<path of an Attention>.heads` (number of heads), `<path of a Linear>.linear`
     (rank of a matrix, as two factors). What is not listed keeps its dense width. Weights fit the usual softmax scale
     `1 / sqrt(width)`: a factor that keeps the dense logits belongs into the query weights.
+    `slim_maps`: rank of the maps that make adapters of the dense model fit cut layers; 0 if there are none. They are
+    buffers of those layers. `slim_q`, `slim_k`, `slim_v`, (heads, width, dense width), are what became of the rows of
+    each head; `slim_kept`, (hidden units,), lists the hidden units that are left; `slim_left @ slim_right`, (dense
+    inputs, inputs), is what the inputs left to a layer's last matrix tell of the others.
     `slim_format`: version of this description.
 
     Cut layers are the stock ones with smaller matrices; only attention with two different widths has its own class,
@@ -185,7 +193,12 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
     code = Path(__file__).read_bytes()
 
     def __init__(
-        self, *args: Any, slim_ranks: Mapping[str, int] | None = None, slim_format: int = FORMAT, **kwargs: Any
+        self,
+        *args: Any,
+        slim_ranks: Mapping[str, int] | None = None,
+        slim_maps: int = 0,
+        slim_format: int = FORMAT,
+        **kwargs: Any,
     ) -> None:
         if slim_format > FORMAT:
             raise ValueError(
@@ -195,10 +208,11 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         self.register_to_config(
             slim_ranks=dict(slim_ranks or {}),
+            slim_maps=slim_maps,
             slim_format=slim_format,
             auto_map={"AutoModel": f"{MODULE}.{type(self).__name__}"},
         )
-        _narrow(self, slim_ranks or {})
+        _narrow(self, slim_ranks or {}, slim_maps)
         for layer in self.modules():
             if isinstance(layer, Attention) and layer.is_cross_attention:
                 layer.to_k, layer.to_v = (_reusing(matrix) for matrix in (layer.to_k, layer.to_v))
@@ -267,35 +281,113 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
         setattr(config, limit, max(getattr(config, limit), 4 * blocks))
         super().compile_repeated_blocks(*args, **kwargs)
 
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; ValueError if the adapter was trained on the dense model and touches cut layers."""
-        try:
-            super().load_lora_adapter(*args, **kwargs)
-        except RuntimeError as error:
-            if not self.config["slim_ranks"] or "size mismatch" not in str(error):
-                raise
-            if not getattr(self, "peft_config", None):
-                self.unload_lora()
-            raise ValueError(
-                "This LoRA does not fit: it was trained on the dense model, and it touches layers that were cut. Merge "
-                "it into the dense model (load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and "
-                "compress the result."
-            ) from error
+    def load_lora_adapter(self, lora: Any, prefix: str | None = "transformer", *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, after `mapped_lora` where `lora` is a state dict, as it is from a pipeline."""
+        if isinstance(lora, dict):
+            lora = self.mapped_lora(lora, prefix)
+        super().load_lora_adapter(lora, prefix, *args, **kwargs)
+
+    def mapped_lora(self, lora: Mapping[str, torch.Tensor], prefix: str | None = "unet") -> dict[str, torch.Tensor]:
+        """A LoRA of the dense model as one of this model: tensors named `prefix...` mapped, under the names of peft.
+
+        With `W + B A` in the dense layer, `B` loses the rows that the layer's matrix lost, and `A` its columns: the
+        layer becomes `W' + (R B) A` or `W' + B (A L)`. Tensors that fit as they are stay: they are of a LoRA of this
+        model. Raises ValueError if something does not fit: there is no map for it, or it is no plain LoRA.
+        """
+        start = f"{prefix}." if prefix else ""
+        own = {name.removeprefix(start): x for name, x in lora.items() if name.startswith(start)}
+        if own and "lora_A" not in next(iter(own)):
+            own = convert_unet_state_dict_to_peft(own)
+        maps, layers = _lora_maps(self), dict(self.named_modules())
+        mapped = {name: maps[key](x) if (key := name.rpartition(".")[0]) in maps else x for name, x in own.items()}
+        is_plain = not any("lora_magnitude_vector" in name for name in own)
+        for name, x in mapped.items():
+            path, _, part = name.partition(".lora_")
+            if (x is not own[name] and not is_plain) or not _fits(layers.get(path), part, x):
+                raise ValueError(
+                    f"This LoRA does not fit: it was trained on the dense model, and it changes {path}, which was cut"
+                    + (" and has no map for it. " if is_plain else " and has no map for DoRAs. ")
+                    + "Merge it into the dense model (load_lora_weights, fuse_lora, unload_lora_weights, "
+                    "save_pretrained) and compress the result."
+                )
+        others = {name: x for name, x in lora.items() if not name.startswith(start)}
+        return others | {f"{start}{name}": x for name, x in mapped.items()}
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
-        if cut := [name for name in self.config["slim_ranks"] if ".attn2." in name]:
+        layers = dict(self.named_modules())
+        cut = {name: layers[name.rpartition(".")[0]] for name in self.config["slim_ranks"] if ".attn2." in name}
+        maps = {
+            name: getattr(layer, "slim_k" if name.endswith(".qk") else "slim_v", None) for name, layer in cut.items()
+        }
+        if bare := [name for name, map_ in maps.items() if map_ is None]:
             raise ValueError(
                 "An IP-Adapter brings keys and values for the dense cross-attention, and this model's is cut "
-                f"({len(cut)} groups, {cut[0]} among them): the pictures would be wrong. Use the dense model, or "
-                "compress feed-forward layers only."
+                f"({len(bare)} groups, {bare[0]} among them, and no maps): the pictures would be wrong. Use the dense "
+                "model, or compress feed-forward layers only."
             )
         super()._load_ip_adapter_weights(*args, **kwargs)
+        for name, layer in cut.items():
+            for matrix in layer.processor.to_k_ip if name.endswith(".qk") else layer.processor.to_v_ip:
+                rows = _head_rows(maps[name], matrix.weight)
+                matrix.weight, matrix.out_features = nn.Parameter(rows, requires_grad=False), len(rows)
 
     def _unequal(self) -> dict[str, Any]:
         return {path: layer for path, layer in self.named_modules() if getattr(layer, "unequal_widths", False)}
 
 
-def _narrow(unet: nn.Module, ranks: Mapping[str, int]) -> None:
+def _lora_maps(unet: nn.Module) -> dict[str, Map]:
+    """What makes the matrices of a LoRA of the dense model fit: `<path>.lora_B` where rows of the layer's matrix were
+    cut, `<path>.lora_A` where columns were."""
+    maps: dict[str, Map] = {}
+    for path, layer in unet.named_modules():
+        own = dict(layer.named_buffers(recurse=False))
+        if "slim_q" in own:
+            maps[f"{path}.to_q.lora_B"] = partial(_head_rows, own["slim_q"])
+            maps[f"{path}.to_k.lora_B"] = partial(_head_rows, own["slim_k"])
+        if "slim_v" in own:
+            keep = partial(_head_rows, own["slim_v"])
+            maps[f"{path}.to_v.lora_B"] = keep
+            maps[f"{path}.to_out.0.lora_A"] = partial(_columns, keep, own["slim_left"], own["slim_right"])
+        if "slim_kept" in own:
+            keep = partial(_kept_rows, own["slim_kept"], len(own["slim_left"]))
+            maps[f"{path}.net.0.proj.lora_B"] = partial(keep, 2)
+            maps[f"{path}.net.2.lora_A"] = partial(_columns, partial(keep, 1), own["slim_left"], own["slim_right"])
+    return maps
+
+
+def _fits(layer: Any, part: str, x: torch.Tensor) -> bool:
+    """Whether a LoRA's matrix `part`, A or B, has the columns or rows of the layer; others are not judged."""
+    if layer is None or part not in ("A.weight", "B.weight"):
+        return True
+    sides = ("in_features", "in_channels") if part == "A.weight" else ("out_features", "out_channels")
+    return x.shape[part == "A.weight"] == next(getattr(layer, side) for side in sides if hasattr(layer, side))
+
+
+def _head_rows(maps: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`maps`, (heads, width, dense width), on the rows of every head of x; x itself if it has other rows."""
+    heads, width, dense = maps.shape
+    if len(x) != heads * dense:
+        return x
+    mapped = maps.to(x.device, torch.float32) @ x.float().reshape(heads, dense, -1)
+    return mapped.reshape(heads * width, *x.shape[1:]).to(x.dtype)
+
+
+def _kept_rows(kept: torch.Tensor, dense: int, parts: int, x: torch.Tensor) -> torch.Tensor:
+    """The rows left in each of the `parts` of x that have a row for each hidden unit; x itself if it has other rows."""
+    if len(x) != parts * dense:
+        return x
+    return x.unflatten(0, (parts, dense))[:, kept.to(x.device)].flatten(0, 1)
+
+
+def _columns(keep: Map, left: torch.Tensor, right: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The columns that `keep` leaves of x, and what they tell of the others; x itself if it has other columns."""
+    if x.shape[1] != len(left):
+        return x
+    told = x.float() @ left.to(x.device, torch.float32) @ right.to(x.device, torch.float32)
+    return (keep(x.float().mT).mT + told).to(x.dtype)
+
+
+def _narrow(unet: nn.Module, ranks: Mapping[str, int], maps: int) -> None:
     layers = dict(unet.named_modules())
     cuts: dict[str, dict[str, int]] = {}
     for name, width in ranks.items():
@@ -309,12 +401,12 @@ def _narrow(unet: nn.Module, ranks: Mapping[str, int]) -> None:
         cuts.setdefault(path, dense)[kind] = width
     for path, widths in cuts.items():
         if "ffn" in widths:
-            _narrow_feed_forward(layers[path], widths["ffn"])
+            _narrow_feed_forward(layers[path], widths["ffn"], maps)
         elif "linear" in widths:
             parent, _, name = path.rpartition(".")
             setattr(layers[parent], name, LowRank(layers[path], widths["linear"]))
         else:
-            _narrow_attention(layers[path], widths["heads"], widths["qk"], widths["vo"])
+            _narrow_attention(layers[path], widths["heads"], widths["qk"], widths["vo"], maps)
 
 
 def _dense_widths(layer: Any) -> dict[str, int]:
@@ -327,8 +419,13 @@ def _dense_widths(layer: Any) -> dict[str, int]:
     return {}
 
 
-def _narrow_attention(layer: Any, heads: int, qk: int, vo: int) -> None:
+def _narrow_attention(layer: Any, heads: int, qk: int, vo: int, maps: int) -> None:
     """Leaves what `Attention(heads, dim_head=qk)` would be, and everything else of the dense layer as it was."""
+    dense = layer.to_q.out_features // layer.heads
+    if maps and heads == layer.heads and qk < dense:
+        _add_buffers(layer, q=(heads, qk, dense), k=(heads, qk, dense))
+    if maps and heads == layer.heads and vo < dense:
+        _add_buffers(layer, v=(heads, vo, dense), **_thin(maps, heads * dense, heads * vo))
     layer.heads = layer.sliceable_head_dim = heads
     layer.inner_dim = layer.inner_kv_dim = layer.heads * qk
     layer.scale = qk**-0.5 if layer.scale_qk else 1.0
@@ -341,9 +438,24 @@ def _narrow_attention(layer: Any, heads: int, qk: int, vo: int) -> None:
         layer.set_processor(SlimAttnProcessor())
 
 
-def _narrow_feed_forward(layer: Any, width: int) -> None:
+def _narrow_feed_forward(layer: Any, width: int, maps: int) -> None:
+    dense = layer.net[2].in_features
+    if maps and width < dense:
+        _add_buffers(layer, **_thin(maps, dense, width))
+        layer.register_buffer("slim_kept", torch.arange(width))
     layer.net[0].proj = _linear(layer.net[0].proj, layer.net[0].proj.in_features, 2 * width)
     layer.net[2] = _linear(layer.net[2], width, layer.net[2].out_features)
+
+
+def _thin(rank: int, dense: int, width: int) -> dict[str, tuple[int, int]]:
+    """Shapes of what `width` inputs tell of the `dense - width` others and of their mean."""
+    rank = min(rank, dense - width + 1)
+    return {"left": (dense, rank), "right": (rank, width)}
+
+
+def _add_buffers(layer: nn.Module, **shapes: tuple[int, ...]) -> None:
+    for name, shape in shapes.items():
+        layer.register_buffer(f"slim_{name}", torch.zeros(shape))
 
 
 def _linear(dense: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
@@ -357,7 +469,8 @@ def _reusing(matrix: nn.Linear) -> nn.Linear:
 def _signature() -> inspect.Signature:
     dense = inspect.signature(UNet2DConditionModel.__init__)
     slim = inspect.signature(SlimUNet2DConditionModel.__init__).parameters
-    return dense.replace(parameters=[*dense.parameters.values(), slim["slim_ranks"], slim["slim_format"]])
+    own = [slim[name] for name in ("slim_ranks", "slim_maps", "slim_format")]
+    return dense.replace(parameters=[*dense.parameters.values(), *own])
 
 
 # diffusers reads the configuration's keys off the signature, the library's name in `model_index.json` off `__module__`,

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from slimdiff.groups import KINDS, Group, find_groups, names
 from slimdiff.slim_unet import SlimUNet2DConditionModel
-from slimdiff.solve.solution import Factors, Solution
+from slimdiff.solve.solution import Factors, Refitted, Solution
+
+TINY = 1e-12
+"""Keeps the quotient of two vanishing norms finite."""
 
 
 def slim_weights(unet: nn.Module, group: Group, factors: Factors, padded: bool = False) -> dict[str, Tensor]:
@@ -93,19 +96,38 @@ def truncated(unet: nn.Module, group: Group, factors: Factors) -> Iterator[None]
             parameters[name].data = value
 
 
+def adapter_maps(group: Group, solution: Solution, width: int, rank: int) -> dict[str, Tensor]:
+    """What `SlimUNet2DConditionModel` needs to make adapters of the dense model fit a cut group, by buffer name."""
+    into = solution.at(width).into
+    if group.kind == "qk":
+        scale = (width / group.width) ** 0.5
+        maps = {"q": scale * into[0], "k": into[1]}
+    else:
+        assert isinstance(solution, Refitted)
+        left, right = solution.dropped(width, rank)
+        balance = ((right.norm(dim=1) + TINY) / (left.norm(dim=0) + TINY)).sqrt()
+        maps = {"v" if group.kind == "vo" else "kept": into[0]}
+        maps |= {"left": left * balance, "right": right / balance[:, None]}
+    return {f"{group.module}.slim_{name}": map_ for name, map_ in maps.items()}
+
+
 def build(
-    unet: UNet2DConditionModel, ranks: Mapping[str, int], solutions: Mapping[str, Solution]
+    unet: UNet2DConditionModel, ranks: Mapping[str, int], solutions: Mapping[str, Solution], maps: int = 0
 ) -> SlimUNet2DConditionModel:
     """The slim UNet. Groups that `ranks` does not name, or names at full width, keep their weights bit for bit.
 
-    Weights that do not change are shared with `unet`.
+    Weights that do not change are shared with `unet`. `maps` is the rank of the maps for adapters of the dense model;
+    with 0 there are none.
     """
     groups = {g.name: g for kinds in (KINDS, ("heads",), ("linear",)) for g in find_groups(unet, kinds=kinds)}
     cut = {name: rank for name, rank in ranks.items() if rank < groups[name].width}
     with torch.device("meta"):
-        slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut)
+        slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut, slim_maps=maps if cut else 0)
     state = dict(unet.state_dict())
     for name, rank in cut.items():
         state |= slim_weights(unet, groups[name], solutions[name].at(rank))
+        if maps:
+            found = adapter_maps(groups[name], solutions[name], rank, maps)
+            state |= {key: map_.to(unet.dtype) if map_.is_floating_point() else map_ for key, map_ in found.items()}
     slim.load_state_dict(state, strict=True, assign=True)
     return slim.requires_grad_(False).eval()

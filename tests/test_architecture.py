@@ -28,10 +28,10 @@ LAYERS = (
     {"capture", "checkpoint", "pipeline", "refine", "report.results", "report.svg", "solve.ffn", "solve.heads",
      "solve.linear", "solve.qk", "solve.selection", "solve.vo", "solve.whitening", "statistics", "surgery", "timing",
      "widths"},
-    {"calibrate", "influence", "methods", "report.page", "sequential"},
+    {"calibrate", "influence", "lora", "methods", "report.page", "sequential"},
     {"compress", "fidelity"},
     {"bench"},
-    {"commands.bench", "commands.calibrate", "commands.compress"},
+    {"commands.bench", "commands.calibrate", "commands.compress", "commands.lora"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip

@@ -60,6 +60,12 @@ from slimdiff.options import INFLUENCES, METHODS
     default=False,
     help="Refit output projections on calibration states; a layer keeps its refit if held-out states agree.",
 )
+@click.option(
+    "--lora-maps",
+    type=click.IntRange(0),
+    default=32,
+    help="Rank of the maps in the checkpoint that make LoRAs of the dense model fit; 0 leaves them out.",
+)
 @click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
 @model_options
 @click.option("--dry-run", is_flag=True, help="Print the plan, group by group, and write nothing.")

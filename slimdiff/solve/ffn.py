@@ -82,6 +82,11 @@ class FFNSolution:
         out = self.fit.weight(r)[:, back]
         return Factors((kept,), out, self.weight @ self.mean - out @ self.mean[kept])
 
+    def dropped(self, r: int, rank: int) -> tuple[Tensor, Tensor]:
+        _, back = self.order[:r].sort()
+        left, right = self.fit.others(r, self.mean[self.order], rank)
+        return left[self.order.argsort()], right[:, back]
+
 
 def solve_ffn(hidden: Moments, weight: Tensor, has_bias: bool = True, choose: Rule = elimination) -> FFNSolution:
     """Which hidden units to keep, and the down-projection refitted on them.

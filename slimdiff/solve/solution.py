@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -47,3 +47,15 @@ class Curve:
 
     def at(self, r: int) -> Factors:
         return self.solve().at(r)
+
+
+@runtime_checkable
+class Refitted(Solution, Protocol):
+    """A nested solution whose outgoing weight also uses what the kept directions say about the dropped ones."""
+
+    def dropped(self, r: int, rank: int) -> tuple[Tensor, Tensor]:
+        """The dropped part of what enters the outgoing weight, from the part kept at width r: two thin factors.
+
+        With h heads (1 for a feed-forward layer) of d features each they are (h d, s) and (s, h r), s <= `rank`, and
+        their product has the least expected square error up to that, the mean included.
+        """

@@ -27,6 +27,13 @@ class VOSolution:
         kept_mean = (maps @ self.mean.view(h, d, 1)).flatten()
         return Factors((maps,), out, self.weight @ self.mean - out @ kept_mean)
 
+    def dropped(self, r: int, rank: int) -> tuple[Tensor, Tensor]:
+        h, d, _ = self.maps.shape
+        mean = (self.maps @ self.mean.view(h, d, 1)).view(h, d).mT.flatten()
+        left, right = self.fit.others(h * r, mean, rank)
+        left = self.maps.mT @ left.view(d, h, -1).transpose(0, 1)
+        return left.flatten(0, 1), right.unflatten(1, (r, h)).transpose(1, 2).flatten(1)
+
 
 def solve_vo(outputs: Moments, weight: Tensor, heads: int, has_bias: bool = True) -> VOSolution:
     """The best r dimensions of every head's output, and the output projection that makes the most of all of them.

@@ -1,0 +1,68 @@
+"""LoRAs: merged into a dense pipeline, or converted from a dense model's into its slim one's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slimdiff.errors import ModelError, OutputError
+from slimdiff.files import replacing
+from slimdiff.slim_unet import SlimUNet2DConditionModel
+
+_FOREIGN = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", "oft_")
+"""Parts of tensor names in adapters that are no plain LoRAs: DoRA, LoHa, LoKr, OFT."""
+
+
+def convert(lora: Path, unet: SlimUNet2DConditionModel, output: Path, force: bool = False) -> None:
+    """Write a LoRA of the dense model as one of its slim `unet`.
+
+    The new file has the names of peft for the UNet's part, and scales by alpha folded into the weights, so that tools
+    need nothing but it. What is for text encoders stays.
+
+    Raises ModelError if `lora` cannot be read, is no plain LoRA, or does not fit the model, OutputError if `output`
+    exists and `force` is not set, or if it cannot be written.
+    """
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists. Choose another file, or pass --force to replace it.")
+    dense, metadata = read(lora, unet.config)
+    try:
+        slim = unet.mapped_lora(dense)
+    except ValueError as error:
+        raise ModelError(f"{lora}: {error}") from error
+    with replacing(output) as temporary:
+        save_file({name: x.contiguous() for name, x in slim.items()}, temporary, metadata)
+
+
+def read(lora: Path, unet_config: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A LoRA's tensors as diffusers names them, alpha folded in, and the file's metadata.
+
+    Raises ModelError if it cannot be read or is no plain LoRA.
+    """
+    try:
+        with safe_open(lora, framework="pt") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+        check_plain(lora, names)
+        tensors, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(lora), unet_config=unet_config, use_safetensors=True
+        )
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{lora} cannot be read as a LoRA in a .safetensors file: {error}") from error
+    for name, alpha in (alphas or {}).items():
+        down = name.removesuffix(".alpha")
+        down = down if down in tensors else f"{down}.lora.down.weight"
+        tensors[down] = tensors[down] * (alpha / len(tensors[down]))
+    return tensors, metadata
+
+
+def check_plain(lora: Path, names: list[str]) -> None:
+    """Raises ModelError unless these names of tensors are those of a plain LoRA."""
+    if foreign := next((name for name in names if any(part in name for part in _FOREIGN)), None):
+        raise ModelError(
+            f"{lora} is no plain LoRA ({foreign}): a DoRA, LoHa, LoKr or OFT changes layers in ways that cut layers "
+            "cannot follow. Merge it into the dense model with the tool that made it, and compress the result."
+        )

@@ -1,0 +1,294 @@
+"""LoRAs and other adapters of the dense model on the slim one: through exact maps, or refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import noise
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slimdiff import checkpoint
+from slimdiff.calibrate import calibrate
+from slimdiff.compress import Options, make_plan
+from slimdiff.groups import Group, find_groups, names
+from slimdiff.linalg import regularised
+from slimdiff.methods import Evidence
+from slimdiff.pipeline import encode
+from slimdiff.recipe import Recipe
+from slimdiff.slim_unet import SlimUNet2DConditionModel
+from slimdiff.solve.solution import Solution
+from slimdiff.source import find
+from slimdiff.statistics import StatisticsFile
+from slimdiff.surgery import build
+
+pytest.importorskip("peft")
+
+WORDS = ("a cat", "hill", "red", "dogs", "boat", "sun")
+OPTIONS = Options(0.4, influence="local", independent_ranks=True)
+EVERY_RANK = 1000
+ALPHA, RANK = 3.0, 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model_folder):
+    """The dense pipeline, a plan, its solutions, and the slim UNet with maps of every rank."""
+    pipe = DiffusionPipeline.from_pretrained(model_folder)
+    pipe.set_progress_bar_config(disable=True)
+    path = tmp_path_factory.mktemp("lora") / "s.safetensors"
+    calibrate(pipe, find(str(model_folder)), Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16), path)
+    file = StatisticsFile(path)
+    plan, solutions = make_plan(pipe, file, OPTIONS)
+    assert {name.rpartition(".")[2] for name in plan.ranks()} == {"qk", "vo", "ffn"}
+    return pipe, file, plan, solutions, build(pipe.unet, plan.ranks(), solutions, EVERY_RANK)
+
+
+def with_unet(pipe: DiffusionPipeline, unet: torch.nn.Module) -> DiffusionPipeline:
+    made = StableDiffusionPipeline(**(pipe.components | {"unet": unet}), requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def targets(unet: torch.nn.Module) -> list[str]:
+    """A matrix or convolution of every kind, cut ones and others."""
+    ends = (".to_q", ".to_k", ".to_v", ".to_out.0", ".net.0.proj", ".net.2", ".proj_in", "resnets.0.conv1")
+    return [name for name, _ in unet.named_modules() if name.endswith(ends)]
+
+
+def lora_of(unet: torch.nn.Module, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of a random LoRA, by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    lora = {}
+    for name in targets(unet):
+        outputs, inputs, *kernel = unet.get_submodule(name).weight.shape
+        a, b = (RANK, inputs, *kernel), (outputs, RANK, *(1 for _ in kernel))
+        lora[name] = tuple(0.1 * torch.randn(shape, generator=generator) for shape in (a, b))
+    return lora
+
+
+def peft_names(lora: dict[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> dict[str, Tensor]:
+    sides = {f"unet.{name}.lora_A.weight": a for name, (a, _) in lora.items()}
+    return sides | {f"unet.{name}.lora_B.weight": scale * b for name, (_, b) in lora.items()}
+
+
+def old_names(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    named = {}
+    for name, (a, b) in lora.items():
+        path, _, matrix = name.removesuffix(".0").rpartition(".")
+        stem = f"{path}.processor.{matrix}_lora" if matrix.startswith("to_") else f"{name}.lora"
+        named |= {f"unet.{stem}.down.weight": a, f"unet.{stem}.up.weight": b}
+    return named
+
+
+def kohya_names(lora: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    named = {}
+    for name, (a, b) in lora.items():
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        named |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": torch.tensor(ALPHA)}
+    return named
+
+
+def merged(unet: torch.nn.Module, lora: dict[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> torch.nn.Module:
+    unet = copy.deepcopy(unet)
+    for name, (a, b) in lora.items():
+        unet.get_submodule(name).weight.data += scale * (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
+    return unet
+
+
+def uncentred_fit(file: StatisticsFile, unet: torch.nn.Module, group: Group, solution: Solution, width: int) -> Tensor:
+    """`Z Rᵀ (R Z Rᵀ)⁻¹` with the moment Z = E[x xᵀ] of what enters a group's last matrix, straight from the formula."""
+    evidence, (kept,) = Evidence(unet, group, file.moments), solution.at(width).into
+    moments = evidence.guided() if group.kind == "ffn" else evidence.inner()
+    z = regularised(moments.covariance) + torch.outer(moments.mean, moments.mean).double()
+    r = torch.eye(len(z), dtype=z.dtype)[kept] if group.kind == "ffn" else torch.block_diag(*kept)
+    return z @ r.mT @ torch.linalg.inv(r @ z @ r.mT)
+
+
+def merged_first(made, lora: dict[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> torch.nn.Module:
+    """The slim UNet of the dense one with the LoRA merged, cut by the same maps."""
+    pipe, file, plan, solutions, _ = made
+    slim = build(merged(pipe.unet, lora, scale), plan.ranks(), solutions)
+    for group in find_groups(pipe.unet):
+        if group.name in plan.ranks() and (where := names(pipe.unet, group).out):
+            a, b = lora[where[0].removesuffix(".weight")]
+            fit = uncentred_fit(file, pipe.unet, group, solutions[group.name], plan.ranks()[group.name])
+            slim.get_parameter(where[0]).data += scale * (b.double() @ a.double() @ fit).float()
+    return slim
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).abs().max() / b.abs().max()) < 1e-5
+
+
+@pytest.fixture
+def slim_pipe(made) -> DiffusionPipeline:
+    return with_unet(made[0], copy.deepcopy(made[-1]))
+
+
+@pytest.mark.parametrize(
+    ("named", "scale"),
+    [(peft_names, 1.0), (old_names, 1.0), (kohya_names, ALPHA / RANK)],
+    ids=["peft", "old diffusers", "kohya"],
+)
+def test_a_dense_lora_is_exact_against_merging_it_first(made, slim_pipe, named, scale):
+    lora = lora_of(made[0].unet)
+    before = noise(slim_pipe.unet)
+    slim_pipe.load_lora_weights(named(lora))
+    with_lora, expected = noise(slim_pipe.unet), noise(merged_first(made, lora, scale))
+    assert (expected - before).norm() > 0.1 * before.norm()
+    assert close(with_lora, expected)
+    slim_pipe.fuse_lora()
+    assert close(noise(slim_pipe.unet), expected)
+    slim_pipe.unfuse_lora()
+    assert close(noise(slim_pipe.unet), expected)
+    slim_pipe.unload_lora_weights()
+    assert close(noise(slim_pipe.unet), before)
+
+
+def test_alpha_of_a_peft_file_counts(made, slim_pipe, tmp_path):
+    lora = lora_of(made[0].unet)
+    config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(lora)}
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
+    save_file(peft_names(lora), tmp_path / "lora.safetensors", metadata)
+    slim_pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    assert close(noise(slim_pipe.unet), noise(merged_first(made, lora, ALPHA / RANK)))
+
+
+def test_several_adapters_add_up_with_their_scales(made, slim_pipe):
+    one, two = lora_of(made[0].unet, 1), lora_of(made[0].unet, 2)
+    slim_pipe.load_lora_weights(peft_names(one), adapter_name="one")
+    slim_pipe.load_lora_weights(old_names(two), adapter_name="two")
+    slim_pipe.set_adapters(["one", "two"], [0.7, -0.4])
+    both = {
+        name: (torch.cat([one[name][0], two[name][0]]), torch.cat([0.7 * one[name][1], -0.4 * two[name][1]], 1))
+        for name in one
+    }
+    assert close(noise(slim_pipe.unet), noise(merged_first(made, both)))
+    slim_pipe.set_adapters("two")
+    assert close(noise(slim_pipe.unet), noise(merged_first(made, two)))
+    slim_pipe.delete_adapters("two")
+    slim_pipe.set_adapters("one")
+    assert close(noise(slim_pipe.unet), noise(merged_first(made, one)))
+
+
+def test_the_text_encoders_part_is_left_alone(made, slim_pipe):
+    dense = made[0]
+    name = next(name for name, _ in dense.text_encoder.named_modules() if name.endswith("q_proj"))
+    torch.manual_seed(0)
+    text = {f"text_encoder.{name}.lora_A.weight": torch.randn(RANK, 12)}
+    text |= {f"text_encoder.{name}.lora_B.weight": torch.randn(12, RANK)}
+    pipes = [with_unet(copy.copy(dense), copy.deepcopy(unet)) for unet in (dense.unet, slim_pipe.unet)]
+    seen = []
+    for pipe in pipes:
+        pipe.text_encoder = copy.deepcopy(dense.text_encoder)
+        pipe.load_lora_weights(peft_names(lora_of(dense.unet)) | text)
+        seen.append(encode(pipe, ["a cat"], [""])["prompt_embeds"])
+    assert torch.equal(*seen)
+    assert not close(seen[0], encode(dense, ["a cat"], [""])["prompt_embeds"])
+
+
+@pytest.mark.parametrize("kind", ["vo", "ffn"])
+def test_few_ranks_keep_the_mean_and_most_of_the_rest(made, kind):
+    """The first rank carries the mean; each further one can only help, up to the least-squares fit."""
+    pipe, file, plan, solutions, _ = made
+    for group in (g for g in find_groups(pipe.unet, kinds=(kind,)) if g.name in plan.ranks()):
+        solution, width = solutions[group.name], plan.ranks()[group.name]
+        evidence, (kept,) = Evidence(pipe.unet, group, file.moments), solution.at(width).into
+        moments = evidence.guided() if kind == "ffn" else evidence.inner()
+        z = regularised(moments.covariance) + torch.outer(moments.mean, moments.mean).double()
+        r = torch.eye(len(z), dtype=z.dtype)[kept] if kind == "ffn" else torch.block_diag(*kept)
+
+        def error(fit: Tensor, z: Tensor = z, r: Tensor = r) -> float:
+            off = torch.eye(len(z), dtype=z.dtype) - fit @ r
+            return float((off @ z @ off.mT).trace())
+
+        errors = [error(r.mT)]
+        for rank in range(1, len(z) - len(r) + 2):
+            left, right = solution.dropped(width, rank)
+            assert left.shape == (len(z), rank) and right.shape == (rank, len(r))
+            errors.append(error(r.mT + left @ right))
+        best = error(uncentred_fit(file, pipe.unet, group, solution, width))
+        assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(errors))
+        assert errors[-1] == pytest.approx(best, rel=1e-6) and errors[0] > 1.01 * best
+
+
+def test_a_lora_of_the_slim_model_stays_as_it_is(made):
+    """Also where the cut halves a feed-forward layer, so that both halves of its rows number as the dense units do."""
+    dense = made[0].unet
+    ranks = {group.name: group.width // 2 for group in find_groups(dense)}
+    unet = SlimUNet2DConditionModel.from_config(dense.config, slim_ranks=ranks, slim_maps=4)
+    lora = peft_names(lora_of(unet))
+    mapped = unet.mapped_lora(lora)
+    assert mapped.keys() == lora.keys() and all(mapped[name] is lora[name] for name in lora)
+
+
+def test_what_cannot_be_mapped_is_refused_and_leaves_no_trace(made):
+    pipe, _, plan, solutions, slim = made
+    lora = peft_names(lora_of(pipe.unet))
+    bare = build(pipe.unet, plan.ranks(), solutions)
+    assert not any("slim_" in name for name in bare.state_dict())
+    vectors = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(x))
+        for name, x in lora.items() if "lora_B" in name
+    }  # fmt: skip
+    for unet, adapter, why in ((bare, lora, "no map for it"), (slim, lora | vectors, "no map for DoRAs")):
+        names_before, before = list(unet.state_dict()), noise(unet)
+        with pytest.raises(ValueError, match=rf"does not fit.*attn1\.to_.*{why}. Merge it into the dense model"):
+            with_unet(pipe, unet).load_lora_weights(adapter)
+        assert list(unet.state_dict()) == names_before and torch.equal(noise(unet), before)
+
+
+WITHOUT_SLIMDIFF = """
+import sys
+sys.modules["slimdiff"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+folder, again, lora, results = sys.argv[1:]
+torch.set_num_threads(1)
+
+def noise(unet):
+    generator = torch.Generator().manual_seed(0)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 8, 12, generator=generator)
+    with torch.no_grad():
+        return unet(sample, torch.tensor([10, 600]), text).sample
+
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipe.save_pretrained(again)
+pipe.load_lora_weights(lora)
+seen = {"loaded": noise(pipe.unet)}
+pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
+pipe.load_lora_weights(lora)
+seen["saved again"] = noise(pipe.unet)
+assert not [name for name in sys.modules if name.startswith("slimdiff.")]
+save_file(seen, results)
+"""
+
+
+def test_maps_travel_with_the_checkpoint(made, model_folder, tmp_path):
+    pipe, _, _, _, slim = made
+    checkpoint.write(tmp_path / "slim", slim, pipe, "{}", model_folder)
+    lora = lora_of(pipe.unet)
+    save_file(kohya_names(lora), tmp_path / "lora.safetensors")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(tmp_path / name) for name in ("slim", "again", "lora.safetensors", "seen")]
+    command = [sys.executable, "-c", WITHOUT_SLIMDIFF, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = noise(merged_first(made, lora, ALPHA / RANK))
+    seen = load_file(tmp_path / "seen")
+    assert len(seen) == 2 and all(close(x, expected) for x in seen.values())
+    half = checkpoint.load(tmp_path / "slim", torch_dtype=torch.float16)
+    half.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    half.unet.to(torch.float32)
+    assert (noise(half.unet) - expected).norm() < 0.01 * expected.norm()
+    assert "LoRAs trained on the original work here" in (tmp_path / "slim" / "README.md").read_text()
