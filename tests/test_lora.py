@@ -8,11 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import noise
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +35,7 @@ from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.solution import Solution
 from slimdiff.source import find
 from slimdiff.statistics import StatisticsFile
-from slimdiff.surgery import build
+from slimdiff.surgery import build, slim_weights
 
 pytest.importorskip("peft")
 
@@ -244,6 +251,75 @@ def test_what_cannot_be_mapped_is_refused_and_leaves_no_trace(made):
         with pytest.raises(ValueError, match=rf"does not fit.*attn1\.to_.*{why}. Merge it into the dense model"):
             with_unet(pipe, unet).load_lora_weights(adapter)
         assert list(unet.state_dict()) == names_before and torch.equal(noise(unet), before)
+
+
+@pytest.fixture(scope="module")
+def tied(made):
+    """The slim UNet with one width for queries, keys and values, and the same function in the dense shapes."""
+    pipe, file, *_ = made
+    plan, solutions = make_plan(pipe, file, replace(OPTIONS, independent_ranks=False))
+    padded, factors = copy.deepcopy(pipe.unet), {}
+    for group in (group for group in find_groups(pipe.unet) if group.name in plan.ranks()):
+        factors[group.name] = solutions[group.name].at(plan.ranks()[group.name])
+        padded.load_state_dict(slim_weights(pipe.unet, group, factors[group.name], padded=True), strict=False)
+    return build(pipe.unet, plan.ranks(), solutions, 4), padded, factors
+
+
+def test_an_ip_adapters_keys_and_values_follow_the_same_maps(tied):
+    slim, padded, factors = (copy.deepcopy(part) for part in tied)
+    torch.manual_seed(3)
+    ours, theirs = {}, {}
+    layers = [name.removesuffix(".processor") for name in padded.attn_processors if "attn2" in name]
+    for number, path in enumerate(layers):
+        heads, rows = padded.get_submodule(path).heads, padded.get_submodule(path).to_k.out_features
+        for matrix, group, side in (("to_k_ip", f"{path}.qk", 1), ("to_v_ip", f"{path}.vo", 0)):
+            name, weight = f"{2 * number + 1}.{matrix}.weight", torch.randn(rows, 12)
+            ours[name] = theirs[name] = weight
+            if group in factors:
+                cut = (factors[group].into[side] @ weight.double().unflatten(0, (heads, -1))).float()
+                theirs[name] = F.pad(cut, (0, 0, 0, rows // heads - cut.shape[1])).flatten(0, 1)
+    assert any(theirs[name] is not ours[name] for name in ours)
+    image = {"proj.weight": torch.randn(48, 6), "proj.bias": torch.randn(48)}
+    image |= {"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}
+    embeddings, seen = {"image_embeds": [torch.randn(2, 1, 6)]}, []
+    for unet, weights in ((slim, ours), (padded, theirs)):
+        before = noise(unet)
+        unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": weights}])
+        inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 600])
+        text = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            seen.append(unet(*inputs, text, added_cond_kwargs=embeddings).sample)
+        assert not close(seen[-1], before)
+    assert close(*seen)
+
+
+def draw(pipe: DiffusionPipeline, **inputs: object) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return pipe("a <new>", num_inference_steps=2, generator=generator, output_type="latent", **inputs).images
+
+
+def test_a_textual_inversion_and_a_controlnet_work_as_on_the_dense_model(made, tied):
+    dense = made[0]
+    torch.manual_seed(4)
+    control = ControlNetModel.from_unet(dense.unet, conditioning_embedding_out_channels=(4, 4)).eval()
+    for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    image, word = torch.rand(1, 3, 16, 16), {"<new>": torch.randn(12)}
+    drawn = []
+    for unet in tied[:2]:
+        text = {"text_encoder": copy.deepcopy(dense.text_encoder), "tokenizer": copy.deepcopy(dense.tokenizer)}
+        pipe = with_unet(dense, unet)
+        pipe.register_modules(**text)
+        plain = draw(pipe)
+        pipe.load_textual_inversion(word, token="<new>")
+        invented = draw(pipe)
+        controlled = StableDiffusionControlNetPipeline(
+            **pipe.components, controlnet=control, requires_safety_checker=False
+        )
+        controlled.set_progress_bar_config(disable=True)
+        drawn.append((invented, draw(controlled, image=image)))
+        assert not close(plain, invented) and not close(invented, drawn[-1][1])
+    assert all(close(*pair) for pair in zip(*drawn, strict=True))
 
 
 WITHOUT_SLIMDIFF = """
