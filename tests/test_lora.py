@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from conftest import noise
 from diffusers import (
     ControlNetModel,
@@ -20,11 +22,13 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimdiff import checkpoint
 from slimdiff.calibrate import calibrate
+from slimdiff.cli import main
 from slimdiff.compress import Options, make_plan
 from slimdiff.groups import Group, find_groups, names
 from slimdiff.linalg import regularised
@@ -322,6 +326,13 @@ def test_a_textual_inversion_and_a_controlnet_work_as_on_the_dense_model(made, t
     assert all(close(*pair) for pair in zip(*drawn, strict=True))
 
 
+@pytest.fixture(scope="module")
+def slim_folder(made, model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "slim"
+    checkpoint.write(folder, made[-1], made[0], "{}", model_folder)
+    return folder
+
+
 WITHOUT_SLIMDIFF = """
 import sys
 sys.modules["slimdiff"] = None
@@ -350,21 +361,62 @@ save_file(seen, results)
 """
 
 
-def test_maps_travel_with_the_checkpoint(made, model_folder, tmp_path):
-    pipe, _, _, _, slim = made
-    checkpoint.write(tmp_path / "slim", slim, pipe, "{}", model_folder)
-    lora = lora_of(pipe.unet)
+def test_maps_travel_with_the_checkpoint(made, slim_folder, tmp_path):
+    lora = lora_of(made[0].unet)
     save_file(kohya_names(lora), tmp_path / "lora.safetensors")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    arguments = [str(tmp_path / name) for name in ("slim", "again", "lora.safetensors", "seen")]
+    arguments = [str(slim_folder), *(str(tmp_path / name) for name in ("again", "lora.safetensors", "seen"))]
     command = [sys.executable, "-c", WITHOUT_SLIMDIFF, *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = noise(merged_first(made, lora, ALPHA / RANK))
     seen = load_file(tmp_path / "seen")
     assert len(seen) == 2 and all(close(x, expected) for x in seen.values())
-    half = checkpoint.load(tmp_path / "slim", torch_dtype=torch.float16)
+    half = checkpoint.load(slim_folder, torch_dtype=torch.float16)
     half.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     half.unet.to(torch.float32)
     assert (noise(half.unet) - expected).norm() < 0.01 * expected.norm()
-    assert "LoRAs trained on the original work here" in (tmp_path / "slim" / "README.md").read_text()
+    assert "LoRAs trained on the original work here" in (slim_folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("named", "scale"), [(peft_names, 1.0), (kohya_names, ALPHA / RANK)])
+def test_a_converted_file_needs_no_maps(made, slim_folder, tmp_path, named, scale):
+    lora = lora_of(made[0].unet)
+    text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(RANK, 12)}
+    text = text if named is peft_names else {}
+    save_file(named(lora) | text, tmp_path / "dense.safetensors", {"author": "me"})
+    invoke = ["lora", str(tmp_path / "dense.safetensors"), "--model", str(slim_folder), "-o", str(tmp_path / "slim")]
+    done = CliRunner().invoke(main, invoke)
+    assert done.exit_code == 0, done.output
+    converted = load_file(tmp_path / "slim")
+    assert all(torch.equal(converted[name], x) for name, x in text.items())
+    with safe_open(tmp_path / "slim", framework="pt") as file:
+        assert file.metadata() == {"author": "me"}
+    pipe, _, plan, solutions, _ = made
+    bare = build(pipe.unet, plan.ranks(), solutions)
+    bare.load_lora_adapter(converted, prefix="unet")
+    assert close(noise(bare), noise(merged_first(made, lora, scale)))
+    again = CliRunner().invoke(main, invoke)
+    assert again.exit_code == 1 and "exists" in again.output and "--force" in again.output
+    assert CliRunner().invoke(main, [*invoke, "--force"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": (4, 2)}, "is no plain LoRA.*hada_w1_a.*Merge it into"),
+        ({"lora_unet_mid_block_attentions_0_proj_in.dora_scale": (4, 1)}, "is no plain LoRA.*dora_scale"),
+        ({"unet.mid_block.attentions.0.proj_in.lokr_w1": (4, 4)}, "is no plain LoRA.*lokr_w1"),
+        ({"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": (4, 4)}, "is no plain LoRA.*oft_blocks"),
+        ({"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.weight": (31, 2)}, "does not fit.*attn2"),
+        (None, "cannot be read as a LoRA"),
+    ],
+)
+def test_what_is_no_lora_of_the_model_is_not_converted(slim_folder, tmp_path, tensors, message):
+    path = tmp_path / "dense.safetensors"
+    if tensors:
+        save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
+    arguments = ["lora", str(path), "--model", str(slim_folder), "-o", str(tmp_path / "out.safetensors")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and re.search(message, done.output.replace("\n", " ")), done.output
+    assert not list(tmp_path.glob("*out*"))
