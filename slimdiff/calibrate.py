@@ -73,7 +73,7 @@ def calibrate(
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
     groups = find_groups(pipe.unet) + (find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else [])
-    statistics = Statistics(source.reference, source.variant, fingerprint(pipe.unet), recipe)
+    statistics = Statistics(source.reference, source.variant, fingerprint(pipe.unet), recipe, loras=source.loras)
     if output.exists() and not force:
         if _is_this(output, statistics):
             return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)

@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
@@ -80,11 +82,13 @@ def write(
     source: Path | None,
     variant: str | None = None,
     force: bool = False,
+    merged: bool = False,
 ) -> None:
     """Write the complete pipeline folder: `unet`, the other components of the dense `pipe`, and the plan.
 
     The other components are copied as files from `source`, the local folder that `pipe` was loaded from with
     `variant`, and take plain file names; without `source` they are saved anew. Only safetensors weights are written.
+    Text encoders get the weights they have in `pipe` if something was `merged` into it.
     The folder appears under its name when it is complete, and only then replaces an older one.
 
     Raises OutputError if `output` may not be replaced (see `check_output`) or cannot be written, ModelError if `source`
@@ -95,6 +99,10 @@ def write(
     try:
         partial.mkdir(parents=True)
         _write_components(partial, pipe, source, variant)
+        if merged and source is not None:
+            for name in ("text_encoder", "text_encoder_2"):
+                if getattr(pipe, name, None) is not None:
+                    _renew(partial / name, getattr(pipe, name).state_dict())
         unet.save_pretrained(partial / "unet")
         _write_json(partial / "unet" / "config.json", _read_json(partial / "unet" / "config.json"))
         (partial / PLAN).parent.mkdir()
@@ -256,6 +264,17 @@ def _copy(source: Path, target: Path, variant: str | None, has_weights: bool) ->
                 _write_json(target / f"{found['stem']}.safetensors.index.json", content)
         elif file.suffix != ".safetensors" and not _OTHER_WEIGHTS.fullmatch(file.name):
             shutil.copyfile(file, target / file.name)
+
+
+def _renew(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Put a text encoder's present weights into its copied files, whose names transformers 5 may have shortened."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name, old in tensors.items():
+            new = state.get(name, state.get(name.removeprefix("text_model.")))
+            tensors[name] = old if new is None else new.to(old.dtype).contiguous()
+        save_file(tensors, file, metadata)
 
 
 def _plain(weights: str) -> str:

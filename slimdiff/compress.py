@@ -89,6 +89,7 @@ def make_plan(
             "model": statistics.model,
             "variant": statistics.variant,
             "fingerprint": statistics.fingerprint,
+            "loras": statistics.loras,
             "statistics": statistics.digest(),
             "prompts": statistics.done,
             "recipe": {k: v for k, v in recipe.to_json().items() if k not in ("prompts", "negatives")},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.files import replacing
@@ -36,6 +38,30 @@ def convert(lora: Path, unet: SlimUNet2DConditionModel, output: Path, force: boo
         raise ModelError(f"{lora}: {error}") from error
     with replacing(output) as temporary:
         save_file({name: x.contiguous() for name, x in slim.items()}, temporary, metadata)
+
+
+def merge(pipe: DiffusionPipeline, loras: Iterable[tuple[str, float]]) -> None:
+    """Add LoRAs, files and their scales, to the weights of a dense pipeline for good, its text encoders' among them.
+
+    Sums are rounded once, from float64, so that the merged model is the same, and has the same fingerprint, wherever it
+    is made. Raises ModelError if a file is no plain LoRA or does not fit, or if peft is missing.
+    """
+    for file, scale in loras:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                check_plain(Path(file), list(opened.keys()))
+            pipe.load_lora_weights(file, adapter_name="merged")
+        except (OSError, SafetensorError, ValueError, RuntimeError, ImportError) as error:
+            raise ModelError(f"The LoRA {file} cannot be merged: {str(error).strip().splitlines()[0]}") from error
+        for component in pipe.components.values():
+            layers: Any = component.modules() if isinstance(component, nn.Module) else ()
+            for layer in layers:
+                if "merged" in getattr(layer, "lora_A", ()):
+                    for side in (layer.lora_A, layer.lora_B):
+                        side.double()
+                    weight = layer.get_base_layer().weight
+                    weight.data = (weight.double() + scale * layer.get_delta_weight("merged")).to(weight.dtype)
+        pipe.unload_lora_weights()
 
 
 def read(lora: Path, unet_config: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

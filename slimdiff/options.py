@@ -48,7 +48,7 @@ class Options:
     probe_steps: int = 10
     probe_shares: tuple[float, ...] = (0.5,)
     refine: bool = False
-    lora_maps: int = 32
+    lora_maps: int = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget < 1:

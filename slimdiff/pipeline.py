@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slimdiff.errors import ModelError, SlimdiffError
+from slimdiff.lora import merge
 from slimdiff.measured import Settings
 from slimdiff.recipe import SCHEDULERS, Recipe
-from slimdiff.source import DEMO, Source
+from slimdiff.source import DEMO, Source, stored_dtype
 
 
 def device_of(name: str) -> torch.device:
@@ -44,16 +45,17 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The dense pipeline on the CPU, quiet and without a safety checker.
+    """The dense pipeline on the CPU, its LoRAs merged, quiet and without a safety checker.
 
-    Raises ModelError if it cannot be read or its UNet is not one of Stable Diffusion's.
+    Raises ModelError if it cannot be read, its UNet is not one of Stable Diffusion's, or a LoRA does not fit.
     """
-    options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+    loading = stored_dtype(source) if source.loras else dtype  # a LoRA is added to the weights as they are stored
+    options: dict[str, Any] = {"torch_dtype": loading, "use_safetensors": True}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
         if source.folder is None:
-            pipe = _from_single_file(source.reference, dtype)
+            pipe = _from_single_file(source.reference, loading)
         else:
             pipe = DiffusionPipeline.from_pretrained(source.folder, variant=source.variant, **options)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError) as error:
@@ -78,7 +80,8 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
         pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
-    return pipe
+    merge(pipe, source.loras)
+    return pipe.to(dtype) if source.loras else pipe
 
 
 def _from_single_file(path: str, dtype: torch.dtype) -> DiffusionPipeline:

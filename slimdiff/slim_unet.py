@@ -316,7 +316,7 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         layers = dict(self.named_modules())
         cut = {name: layers[name.rpartition(".")[0]] for name in self.config["slim_ranks"] if ".attn2." in name}
-        maps = {
+        maps: dict[str, Any] = {
             name: getattr(layer, "slim_k" if name.endswith(".qk") else "slim_v", None) for name, layer in cut.items()
         }
         if bare := [name for name, map_ in maps.items() if map_ is None]:

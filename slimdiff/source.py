@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +22,23 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 class Source:
     """Where a model came from: `reference` as typed, a short `name` for folders, and its local diffusers folder.
 
-    `folder` is None for a single file. `variant` is the weights' variant, such as "fp16".
+    `folder` is None for a single file. `variant` is the weights' variant, such as "fp16". `loras` are files of LoRAs to
+    merge into it when it is loaded, each with its scale.
     """
 
     reference: str
     name: str
     folder: Path | None
     variant: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+
+    def with_loras(self, loras: Iterable[tuple[str, float]]) -> Source:
+        """The model with these LoRAs, also in its name. Raises ModelError if one is no `.safetensors` file."""
+        found = tuple((str(Path(file).expanduser().resolve()), float(scale)) for file, scale in loras)
+        for file, _ in found:
+            if not Path(file).is_file() or Path(file).suffix != ".safetensors":
+                raise ModelError(f"There is no .safetensors file {file} with a LoRA to merge.")
+        return replace(self, name="+".join([self.name, *(Path(file).stem for file, _ in found)]), loras=found)
 
 
 def find(model: str | None, variant: str | None = None, revision: str | None = None) -> Source:

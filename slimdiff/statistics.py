@@ -41,6 +41,7 @@ class Statistics:
     grams: dict[str, Gram] = field(default_factory=dict)
     states: States = field(default_factory=States)
     done: int = 0
+    loras: tuple[tuple[str, float], ...] = ()
 
     def write(self, path: Path) -> None:
         """Write the file whole or not at all. Raises OutputError if it cannot be written."""
@@ -53,6 +54,7 @@ class Statistics:
             "model": self.model,
             "variant": self.variant,
             "fingerprint": self.fingerprint,
+            "loras": self.loras,
             "recipe": self.recipe.to_json(),
             "done": self.done,
             "tokens": {key: gram.count for key, gram in self.grams.items()},
@@ -118,6 +120,11 @@ class StatisticsFile:
         return variant
 
     @property
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """Files and scales of the LoRAs that were merged into the model."""
+        return tuple((file, scale) for file, scale in self.metadata.get("loras", ()))
+
+    @property
     def fingerprint(self) -> str:
         return str(self.metadata["fingerprint"])
 
@@ -163,7 +170,9 @@ class StatisticsFile:
     def read(self, device: torch.device | str = "cpu") -> Statistics:
         """Everything at once, to go on adding to it."""
         grams = {key: self.gram(key, device) for key in self.metadata["tokens"]}
-        return Statistics(self.model, self.variant, self.fingerprint, self.recipe, grams, self.states(), self.done)
+        return Statistics(
+            self.model, self.variant, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras
+        )
 
     def check_model(self, fingerprint: str, reference: str) -> None:
         """Raises StatisticsError if the file belongs to another model or was not finished."""

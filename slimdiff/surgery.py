@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimdiff.groups import KINDS, Group, find_groups, names
 from slimdiff.slim_unet import SlimUNet2DConditionModel
-from slimdiff.solve.solution import Factors, Refitted, Solution
+from slimdiff.solve.solution import Curve, Factors, Refitted, Solution
 
 TINY = 1e-12
 """Keeps the quotient of two vanishing norms finite."""
@@ -125,9 +125,11 @@ def build(
         slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut, slim_maps=maps if cut else 0)
     state = dict(unet.state_dict())
     for name, rank in cut.items():
-        state |= slim_weights(unet, groups[name], solutions[name].at(rank))
+        found = solutions[name]
+        solution = found.solve() if isinstance(found, Curve) else found
+        state |= slim_weights(unet, groups[name], solution.at(rank))
         if maps:
-            found = adapter_maps(groups[name], solutions[name], rank, maps)
-            state |= {key: map_.to(unet.dtype) if map_.is_floating_point() else map_ for key, map_ in found.items()}
+            buffers = adapter_maps(groups[name], solution, rank, maps)
+            state |= {key: map_.to(unet.dtype) if map_.is_floating_point() else map_ for key, map_ in buffers.items()}
     slim.load_state_dict(state, strict=True, assign=True)
     return slim.requires_grad_(False).eval()

@@ -33,7 +33,8 @@ from slimdiff.compress import Options, make_plan
 from slimdiff.groups import Group, find_groups, names
 from slimdiff.linalg import regularised
 from slimdiff.methods import Evidence
-from slimdiff.pipeline import encode
+from slimdiff.pipeline import encode, fingerprint, load
+from slimdiff.plan import Plan
 from slimdiff.recipe import Recipe
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.solution import Solution
@@ -57,7 +58,8 @@ def made(tmp_path_factory, model_folder):
     path = tmp_path_factory.mktemp("lora") / "s.safetensors"
     calibrate(pipe, find(str(model_folder)), Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16), path)
     file = StatisticsFile(path)
-    plan, solutions = make_plan(pipe, file, OPTIONS)
+    plan, curves = make_plan(pipe, file, OPTIONS)
+    solutions = {name: curve.solve() for name, curve in curves.items()}
     assert {name.rpartition(".")[2] for name in plan.ranks()} == {"qk", "vo", "ffn"}
     return pipe, file, plan, solutions, build(pipe.unet, plan.ranks(), solutions, EVERY_RANK)
 
@@ -420,3 +422,41 @@ def test_what_is_no_lora_of_the_model_is_not_converted(slim_folder, tmp_path, te
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and re.search(message, done.output.replace("\n", " ")), done.output
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_lora_merged_before_calibration_is_part_of_the_model(made, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dense, lora = made[0], lora_of(made[0].unet)
+    layer = next(name for name, _ in dense.text_encoder.named_modules() if name.endswith("q_proj"))
+    torch.manual_seed(0)
+    sides = torch.randn(RANK, 12), torch.randn(12, RANK)
+    text = dict(zip((f"text_encoder.{layer}.lora_A.weight", f"text_encoder.{layer}.lora_B.weight"), sides, strict=True))
+    save_file(peft_names(lora) | text, tmp_path / "style.safetensors")
+
+    def run(*arguments: object, code: int = 0) -> str:
+        done = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    quick = ["--num-prompts", 2, "--steps", 2, "--device", "cpu"]
+    run("calibrate", model_folder, "--lora", "style.safetensors:0.5", *quick)
+    run("compress", "--budget", 0, "--device", "cpu")
+    run("bench", "--num-prompts", 1, "--repeats", 3, "--batch-sizes", 1, "--device", "cpu")
+    slim = checkpoint.load(tmp_path / "slimdiff-out" / "tiny+style" / "slim-0")
+    expected = merged(dense.unet, lora, 0.5)
+    torch.testing.assert_close(slim.unet.state_dict(), expected.state_dict(), rtol=0, atol=1e-6)
+    weight = dense.text_encoder.get_submodule(layer).weight + 0.5 * sides[1] @ sides[0]
+    torch.testing.assert_close(slim.text_encoder.get_submodule(layer).weight, weight, rtol=0, atol=1e-6)
+    provenance = Plan.from_json(checkpoint.read_plan(tmp_path / "slimdiff-out/tiny+style/slim-0")).provenance
+    assert provenance["loras"] == [[str(tmp_path / "style.safetensors"), 0.5]]
+    assert provenance["fingerprint"] == fingerprint(slim.unet) != fingerprint(dense.unet)
+    (tmp_path / "style.safetensors").unlink()
+    out = run("compress", "--budget", 0.3, "--device", "cpu", code=1)
+    assert "There is no .safetensors file" in out and "style.safetensors" in out
+
+
+def test_merging_does_not_depend_on_the_working_precision(made, model_folder, tmp_path):
+    save_file(kohya_names(lora_of(made[0].unet)), tmp_path / "style.safetensors")
+    source = find(str(model_folder)).with_loras([(str(tmp_path / "style.safetensors"), 0.3)])
+    prints = {fingerprint(load(source, dtype).unet) for dtype in (torch.float32, torch.float16)}
+    assert len(prints) == 1

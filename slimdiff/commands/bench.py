@@ -62,6 +62,7 @@ def bench(
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
     found = source.find(dense or plan.provenance["model"], variant or plan.provenance["variant"])
+    found = found.with_loras(plan.provenance.get("loras", ()))
     pipes = pipeline.load(found, in_dtype), checkpoint.load(slim, torch_dtype=in_dtype)
     plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
     for pipe in pipes:

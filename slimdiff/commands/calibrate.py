@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import PATH, command, model_options, picture_options, say
+from slimdiff.commands.parameters import LORA, PATH, command, model_options, picture_options, say
 from slimdiff.recipe import SCHEDULERS
 
 
@@ -20,6 +20,7 @@ from slimdiff.recipe import SCHEDULERS
 @click.option("--batch-size", default="auto", help="Prompts at once; changes speed, not results.")
 @model_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--lora", "loras", type=LORA, multiple=True, help="Merge FILE[:SCALE] first; may be repeated.")
 @click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
 @click.option("--baselines", is_flag=True, help="Also sum what every other 'compress --method' but svd needs.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
@@ -35,6 +36,7 @@ def calibrate(
     dtype: str,
     variant: str | None,
     revision: str | None,
+    loras: tuple[tuple[str, float], ...],
     resume: bool,
     force: bool,
     output: Path | None,
@@ -42,8 +44,8 @@ def calibrate(
 ) -> None:
     """Run MODEL over about 500 prompts and ALL their timesteps, and save what compression needs to know.
 
-    Ctrl-C saves; the same command goes on from there. The miniature takes minutes on a CPU; a full-size model wants a
-    GPU and takes as long as painting 500 pictures.
+    With --lora, 'compress' and 'bench' merge the same LoRAs. Ctrl-C saves; the same command goes on from there. The
+    miniature takes minutes on a CPU; a full-size model wants a GPU and takes as long as painting 500 pictures.
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise click.BadParameter(f"'{batch_size}' is neither auto nor a positive number.", param_hint="--batch-size")
@@ -52,7 +54,7 @@ def calibrate(
 
     chosen = None if prompts is None else recipe.read_prompts(prompts, column)
     on = pipeline.device_of(device)
-    dense = source.find(model, variant, revision)
+    dense = source.find(model, variant, revision).with_loras(loras)
     output = output or outputs.statistics_path(dense.name)
     say(f"model: {dense.reference}   device: {on}   output: {output}")
     pipe = pipeline.load(dense, pipeline.dtype_of(dtype, on)).to(on)

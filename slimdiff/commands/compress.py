@@ -63,7 +63,7 @@ from slimdiff.options import INFLUENCES, METHODS
 @click.option(
     "--lora-maps",
     type=click.IntRange(0),
-    default=32,
+    default=16,
     help="Rank of the maps in the checkpoint that make LoRAs of the dense model fit; 0 leaves them out.",
 )
 @click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
@@ -103,7 +103,7 @@ def compress(
     if not dry_run:
         checkpoint.check_output(output, force)
     on = pipeline.device_of(device)
-    dense = source.find(model or file.model, variant or file.variant)
+    dense = source.find(model or file.model, variant or file.variant).with_loras(file.loras)
     stored = source.stored_dtype(dense)
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
@@ -112,6 +112,8 @@ def compress(
     if dry_run:
         return
     slim.to("cpu", stored if dtype == "auto" else pipeline.dtype_of(dtype, on))
-    checkpoint.write(output, slim, pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force)
+    checkpoint.write(
+        output, slim, pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force, bool(dense.loras)
+    )
     click.echo(f"{output}: slim checkpoint, {checkpoint.size_in_bytes(output) / 1e6:.1f} MB of UNet weights")
     say("next: slimdiff bench")

@@ -56,7 +56,16 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _lora(text: str) -> tuple[str, float]:
+    file, _, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 SHARE, GROUPS, SIZES = Parsed("share", _share), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
+LORA = Parsed("file[:scale]", _lora)
 
 
 def say(text: str) -> None:
