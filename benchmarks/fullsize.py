@@ -117,7 +117,7 @@ class Chain:
             pipeline.family(pipe, dense), pipeline.native_size(pipe), num_prompts=args.prompts, steps=args.steps
         )
         if args.synthetic:
-            made = Statistics(dense.reference, None, pipeline.fingerprint(pipe.unet), job, done=len(job.prompts))
+            made = Statistics(dense.reference, {}, pipeline.fingerprint(pipe.unet), job, done=len(job.prompts))
             generator = torch.Generator().manual_seed(0)
             for group in find_groups(pipe.unet):
                 for probe in probes(pipe.unet, group):

@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import nn
 from slimdiff import __version__
 from slimdiff.errors import SlimdiffError
 from slimdiff.fidelity import compare
+from slimdiff.inpainting import canvases
 from slimdiff.macs import count
 from slimdiff.measured import Settings, Size, Timing
-from slimdiff.pipeline import encode, sample
+from slimdiff.pipeline import paint
 from slimdiff.plan import Plan
 from slimdiff.report.results import Report
 from slimdiff.timing import paired, peak_growth
@@ -95,7 +96,12 @@ class _Stop(Exception):
 
 
 def _unet_inputs(pipe: DiffusionPipeline, settings: Settings, prompts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the UNet's first call for a batch of prompts, from a real run, so that they fit any model."""
+    """Arguments of the UNet's first call for a batch of prompts, from a real run, so that they fit any model.
+
+    Prompts are taken from the start of the list, and round again where it is too short.
+    """
+    chosen = [i % len(settings.prompts) for i in range(prompts)]
+    canvas = canvases(pipe, settings, chosen)
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,7 +110,7 @@ def _unet_inputs(pipe: DiffusionPipeline, settings: Settings, prompts: int) -> t
 
     handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        _run(pipe, settings, prompts, settings.steps, "latent")
+        paint(pipe, settings, chosen, canvas=canvas)
     except _Stop:
         pass
     finally:
@@ -112,18 +118,11 @@ def _unet_inputs(pipe: DiffusionPipeline, settings: Settings, prompts: int) -> t
     return seen[0]
 
 
-def _run(pipe: DiffusionPipeline, settings: Settings, prompts: int, steps: int, output: str) -> None:
-    """Prompts to pictures, from the start of the list and round again where it is too short."""
-    texts = (list(islice(cycle(of), prompts)) for of in (settings.prompts, settings.negatives))
-    sample(
-        pipe, encode(pipe, *texts), [settings.seed + i for i in range(prompts)], steps=steps,
-        guidance_scale=settings.guidance_scale, height=settings.height, width=settings.width, output=output,
-    )  # fmt: skip
-
-
 def _picture_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> Timing:
+    canvas = canvases(dense, settings, [0])
+
     def call(pipe: DiffusionPipeline) -> None:
-        _run(pipe, settings, 1, settings.steps, "np")
+        paint(pipe, settings, [0], canvas=canvas, output="np")
 
     what = f"1 picture, {settings.steps} {'step' if settings.steps == 1 else 'steps'}"
     return paired(what, lambda: call(dense), lambda: call(slim), pairs=settings.repeats, device=dense.unet.device)
@@ -131,11 +130,11 @@ def _picture_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings:
 
 def _size(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, sizes: tuple[int, int]) -> Size:
     latent = settings.height // dense.vae_scale_factor, settings.width // dense.vae_scale_factor
-    steps = min(MEMORY_STEPS, settings.steps)
+    short, canvas = replace(settings, steps=min(MEMORY_STEPS, settings.steps)), canvases(dense, settings, [0])
 
     def memory(pipe: DiffusionPipeline) -> int | None:
         modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-        growth = peak_growth(lambda: _run(pipe, settings, 1, steps, "np"), pipe.unet.device)
+        growth = peak_growth(lambda: paint(pipe, short, [0], canvas=canvas, output="np"), pipe.unet.device)
         return None if growth is None else growth + _bytes(*modules)
 
     def both(measure: Any) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.groups import Group, find_groups
 from slimdiff.guidance import guided
+from slimdiff.inpainting import canvases
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
@@ -73,7 +74,8 @@ def calibrate(
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
     groups = find_groups(pipe.unet) + (find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else [])
-    statistics = Statistics(source.reference, source.variant, fingerprint(pipe.unet), recipe, loras=source.loras)
+    found = fingerprint(pipe.unet)
+    statistics = Statistics(source.reference, dict(source.options), found, recipe, loras=source.loras)
     if output.exists() and not force:
         if _is_this(output, statistics):
             return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)
@@ -99,12 +101,13 @@ def calibrate(
         for start in range(first, len(recipe.prompts), batch_size):
             chosen = range(start, min(start + batch_size, len(recipe.prompts)))
             clock = Clock(shares)
+            canvas = canvases(pipe, recipe, chosen)
             guide = partial(guided, prompts=len(chosen), guidance_scale=recipe.guidance_scale)
             with (
                 captured(pipe.unet, groups, statistics.grams, clock.weight, guide),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
             ):
-                latents = paint(pipe, recipe, chosen, step)
+                latents = paint(pipe, recipe, chosen, step, canvas=canvas)
             if not torch.isfinite(latents).all():
                 raise StatisticsError(
                     f"The model produced NaN or infinite values for prompts {start} to {chosen[-1]}, in "
@@ -163,9 +166,11 @@ def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe:
     """`most` prompts at once, or as many as memory allows: one step with throw-away sums is tried."""
 
     def attempt(size: int) -> int:
+        job = replace(recipe, steps=1)
+        canvas = canvases(pipe, job, range(size))
         guide = partial(guided, prompts=size, guidance_scale=recipe.guidance_scale)
         with captured(pipe.unet, groups, {}, guide=guide):
-            paint(pipe, replace(recipe, steps=1), range(size))
+            paint(pipe, job, range(size), canvas=canvas)
         return size
 
     return int(find_executable_batch_size(attempt, starting_batch_size=most)())

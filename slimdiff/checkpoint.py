@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
@@ -83,11 +84,13 @@ def write(
     variant: str | None = None,
     force: bool = False,
     merged: bool = False,
+    replaced: Collection[str] = (),
 ) -> None:
     """Write the complete pipeline folder: `unet`, the other components of the dense `pipe`, and the plan.
 
     The other components are copied as files from `source`, the local folder that `pipe` was loaded from with
-    `variant`, and take plain file names; without `source` they are saved anew. Only safetensors weights are written.
+    `variant`, and take plain file names; without `source`, and those `replaced` since, they are saved anew. Only
+    safetensors weights are written. The class of the pipeline stays that of `source`, whichever `pipe` has.
     Text encoders get the weights they have in `pipe` if something was `merged` into it.
     The folder appears under its name when it is complete, and only then replaces an older one.
 
@@ -98,7 +101,7 @@ def write(
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_components(partial, pipe, source, variant)
+        _write_components(partial, pipe, source, variant, replaced)
         if merged and source is not None:
             for name in ("text_encoder", "text_encoder_2"):
                 if getattr(pipe, name, None) is not None:
@@ -209,21 +212,41 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_components(folder: Path, pipe: DiffusionPipeline, source: Path | None, variant: str | None) -> None:
-    index = json.loads(pipe.to_json_string())
-    components = {name: part for name, part in pipe.components.items() if name != "unet" and part is not None}
+def _write_components(
+    folder: Path, pipe: DiffusionPipeline, source: Path | None, variant: str | None, replaced: Collection[str]
+) -> None:
+    own = json.loads(pipe.to_json_string())
+    components = {name: part for name, part in pipe.components.items() if name != "unet"}
+    there = [name for name, part in components.items() if part is not None]
     if source is None:
-        for name, component in components.items():
-            component.save_pretrained(folder / name)
+        index, anew = own, there
     else:
-        dense = _source_index(source, components)
-        for name, component in components.items():
-            index[name] = dense[name]
-            _copy(source / name, folder / name, variant, has_weights=isinstance(component, torch.nn.Module))
+        index, anew = _source_index(source, [name for name in there if name not in replaced]), list(replaced)
+        index |= {name: own[name] for name in components if name in replaced or name not in there}
+        for name in index:
+            if name != "unet" and name not in anew and _is_component(index[name]):
+                has_weights = isinstance(components.get(name), torch.nn.Module)
+                _copy(source / name, folder / name, variant, has_weights)
         for licence in source.glob("LICEN[CS]E*"):
             shutil.copyfile(licence, folder / licence.name)
+    for name in anew:
+        _save(components[name], folder / name)
     index["unet"] = [MODULE, SlimUNet2DConditionModel.__name__]
     _write_json(folder / "model_index.json", index)
+
+
+def _save(component: Any, folder: Path) -> None:
+    """Under the names that every version of transformers reads: version 5 leaves out a prefix that version 4 needs."""
+    if isinstance(component, CLIPTextModel):
+        state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in component.state_dict().items()}
+        component.save_pretrained(folder, state_dict=state)
+    else:
+        component.save_pretrained(folder)
+
+
+def _is_component(value: Any) -> bool:
+    """Whether an entry of model_index.json names the library and class of a part that is there."""
+    return isinstance(value, list) and len(value) == 2 and None not in value
 
 
 def _source_index(source: Path, components: Iterable[str]) -> dict[str, Any]:

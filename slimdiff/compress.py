@@ -87,7 +87,7 @@ def make_plan(
         provenance={
             "slimdiff": __version__,
             "model": statistics.model,
-            "variant": statistics.variant,
+            "model_options": statistics.model_options,
             "fingerprint": statistics.fingerprint,
             "loras": statistics.loras,
             "statistics": statistics.digest(),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from slimdiff.demo import scenes
 from slimdiff.guidance import guided
 from slimdiff.influence import relative_error
+from slimdiff.inpainting import canvases
 from slimdiff.measured import Fidelity, Picture, Settings, psnr_of
 from slimdiff.pipeline import paint
 from slimdiff.report.wording import ordinal
@@ -41,11 +42,12 @@ def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Setting
     with tqdm(total=2 * prompts, unit="picture", disable=None, desc="compare") as bar:
         for first in range(0, prompts, batch):
             chosen = range(first, min(first + batch, prompts))
+            canvas = canvases(dense, settings, chosen)
             calls: list[tuple[float, Tensor]] = []
             with compared(dense.unet, slim.unet, len(chosen), settings.guidance_scale, calls):
-                reference = paint(dense, settings, chosen)
+                reference = paint(dense, settings, chosen, canvas=canvas)
             bar.update(len(chosen))
-            latents = paint(slim, settings, chosen)
+            latents = paint(slim, settings, chosen, canvas=canvas)
             bar.update(len(chosen))
             drift += finite(relative_error(latents, reference))
             timesteps = [timestep for timestep, _ in calls]

@@ -24,6 +24,7 @@ from slimdiff.errors import StatisticsError
 from slimdiff.files import write_json
 from slimdiff.groups import Group
 from slimdiff.guidance import guided
+from slimdiff.inpainting import canvases
 from slimdiff.pipeline import sample, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.solve.solution import Solution
@@ -209,6 +210,7 @@ def _measuring(
 def _sampler(pipe: DiffusionPipeline, states: States, recipe: Recipe, prompts: int, steps: int) -> Callable[[], Tensor]:
     """Runs the first prompts through the pipeline: final latents (prompts, C, H, W)."""
     conditioning = states.for_pipeline(prompts, pipe.unet.device, pipe.unet.dtype)
+    conditioning |= canvases(pipe, recipe, range(prompts))
     seeds = [recipe.seed + i for i in range(prompts)]
 
     def run() -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors import safe_open
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from slimdiff import families, single_file
 from slimdiff.errors import ModelError, SlimdiffError
 from slimdiff.lora import merge
 from slimdiff.measured import Settings
@@ -45,19 +45,15 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The dense pipeline on the CPU, its LoRAs merged, quiet and without a safety checker.
+    """The dense pipeline that paints from prompts, on the CPU, its LoRAs merged, quiet, without a safety checker.
 
     Raises ModelError if it cannot be read, its UNet is not one of Stable Diffusion's, or a LoRA does not fit.
     """
     loading = stored_dtype(source) if source.loras else dtype  # a LoRA is added to the weights as they are stored
-    options: dict[str, Any] = {"torch_dtype": loading, "use_safetensors": True}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        if source.folder is None:
-            pipe = _from_single_file(source.reference, loading)
-        else:
-            pipe = DiffusionPipeline.from_pretrained(source.folder, variant=source.variant, **options)
+        pipe = painter(_read(source, loading))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError) as error:
         raise ModelError(
             f"Cannot load {source.reference}: {str(error).strip().splitlines()[0]} "
@@ -69,13 +65,7 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
         raise ModelError(
             f"Cannot load {source.reference}: a weight file is damaged ({error}). Download it again."
         ) from error
-    unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, diffusers.UNet2DConditionModel):
-        found = type(unet).__name__ if unet is not None else type(pipe).__name__
-        raise ModelError(
-            f"{source.reference} has no UNet2DConditionModel (found {found}); slimdiff supports Stable Diffusion 1.x, "
-            "2.x and SDXL."
-        )
+    families.check_unet(pipe.unet.config, source.reference)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
@@ -84,20 +74,31 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
     return pipe.to(dtype) if source.loras else pipe
 
 
-def _from_single_file(path: str, dtype: torch.dtype) -> DiffusionPipeline:
-    with safe_open(path, framework="pt") as file:
-        is_xl = any(name.startswith("conditioner.embedders.1.") for name in file.keys())  # noqa: SIM118
-    kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    return kind.from_single_file(path, torch_dtype=dtype)
+def _read(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline as it is stored, but for a VAE that was asked for."""
+    config, parts = source.options.get("config"), {}
+    if vae := source.options.get("vae"):
+        parts["vae"] = single_file.load_vae(vae, config or (str(source.folder) if source.folder else None), dtype)
+    if source.folder is None:
+        return single_file.load(source.reference, config, dtype, **parts)
+    return DiffusionPipeline.from_pretrained(
+        source.folder, variant=source.variant, torch_dtype=dtype, use_safetensors=True, **parts
+    )
+
+
+def painter(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline that paints from prompts with the parts of `pipe`, which may be of image-to-image or other use.
+
+    Raises ValueError if parts are missing.
+    """
+    config = pipe.unet.config
+    kind = families.PAINTERS[families.is_xl(config), families.inpaints(config)]
+    return pipe if type(pipe) is kind else kind.from_pipe(pipe, unet=pipe.unet, torch_dtype=pipe.unet.dtype)
 
 
 def family(pipe: DiffusionPipeline, source: Source) -> str:
     """The key of `calib/recipes.json` that fits a model."""
-    if source.folder == DEMO:
-        return "demo"
-    if getattr(pipe, "text_encoder_2", None) is not None or pipe.unet.config.addition_embed_type == "text_time":
-        return "sdxl"
-    return "sd2" if pipe.unet.config.cross_attention_dim == 1024 else "sd1"
+    return "demo" if source.folder == DEMO else families.family(pipe.unet.config)
 
 
 def native_size(pipe: DiffusionPipeline) -> tuple[int, int]:
@@ -133,7 +134,8 @@ def working_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 Conditioning = dict[str, Tensor]
-"""Keyword arguments of a pipeline call that stand for its prompts, each with the prompts along dimension 0."""
+"""Keyword arguments of a pipeline call that stand for its prompts, or for the pictures it inpaints (see
+`inpainting.canvases`), each with the prompts along dimension 0."""
 
 
 @torch.no_grad()
@@ -165,8 +167,10 @@ def sample(
 ) -> Any:
     """Run the real pipeline from fixed seeds; each picture's noise depends on its own seed only, not on the batch.
 
-    Returns the pipeline's images: final latents (B, 4, H, W) for `output="latent"`, (B, H, W, 3) in [0, 1] for "np".
+    Returns the pipeline's images: final latents (B, 4, H, W) for `output="latent"`, (B, H, W, 3) in [0, 1] for "np",
+    (B, 3, H, W) in [0, 1] for "pt".
     """
+    from_noise = {"strength": 1.0} if "mask_image" in conditioning else {}
 
     def step_end(pipe: DiffusionPipeline, index: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -175,6 +179,7 @@ def sample(
 
     return pipe(
         **conditioning,
+        **from_noise,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
@@ -186,13 +191,18 @@ def sample(
 
 
 def paint(
-    pipe: DiffusionPipeline, job: Recipe | Settings, chosen: Sequence[int], on_step: Callable[[int], None] | None = None
+    pipe: DiffusionPipeline,
+    job: Recipe | Settings,
+    chosen: Sequence[int],
+    on_step: Callable[[int], None] | None = None,
+    *,
+    canvas: Conditioning,
+    output: str = "latent",
 ) -> Tensor:
-    """Final latents, (B, 4, H, W), of the job's prompts of these numbers, each from its own seed."""
-    latents: Tensor = sample(
-        pipe,
-        encode(pipe, [job.prompts[i] for i in chosen], [job.negatives[i] for i in chosen]),
-        [job.seed + i for i in chosen], steps=job.steps, guidance_scale=job.guidance_scale, height=job.height,
-        width=job.width, on_step=on_step,
+    """What `sample` makes of the job's prompts of these numbers, each from its own seed, on their `canvas`."""
+    conditioning = encode(pipe, [job.prompts[i] for i in chosen], [job.negatives[i] for i in chosen])
+    images: Tensor = sample(
+        pipe, conditioning | canvas, [job.seed + i for i in chosen], steps=job.steps,
+        guidance_scale=job.guidance_scale, height=job.height, width=job.width, output=output, on_step=on_step,
     )  # fmt: skip
-    return latents
+    return images

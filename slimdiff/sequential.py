@@ -12,6 +12,7 @@ from tqdm import tqdm
 from slimdiff.capture import captured
 from slimdiff.gram import Gram, Moments
 from slimdiff.groups import Group
+from slimdiff.inpainting import canvases
 from slimdiff.pipeline import paint, use_scheduler
 from slimdiff.recipe import Recipe
 from slimdiff.solve.solution import Solution
@@ -68,6 +69,7 @@ def _moments(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -
     for start in range(0, prompts, BATCH):
         chosen = range(start, min(start + BATCH, prompts))
         clock = Clock(shares)
+        canvas = canvases(pipe, recipe, chosen)
         with captured(pipe.unet, groups, grams, clock.weight):
-            paint(pipe, recipe, chosen, clock.tick)
+            paint(pipe, recipe, chosen, clock.tick, canvas=canvas)
     return lambda key: grams[key].moments()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
 from slimdiff.errors import ModelError
+from slimdiff.families import SUPPORTED, check_index, check_unet
 
 DEMO = Path(__file__).parent / "demo" / "model"
 """The bundled miniature."""
@@ -22,15 +26,19 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 class Source:
     """Where a model came from: `reference` as typed, a short `name` for folders, and its local diffusers folder.
 
-    `folder` is None for a single file. `variant` is the weights' variant, such as "fp16". `loras` are files of LoRAs to
+    `folder` is None for a single file. `options` are those of `find` that were given. `loras` are files of LoRAs to
     merge into it when it is loaded, each with its scale.
     """
 
     reference: str
     name: str
     folder: Path | None
-    variant: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def variant(self) -> str | None:
+        return self.options.get("variant")
 
     def with_loras(self, loras: Iterable[tuple[str, float]]) -> Source:
         """The model with these LoRAs, also in its name. Raises ModelError if one is no `.safetensors` file."""
@@ -41,13 +49,25 @@ class Source:
         return replace(self, name="+".join([self.name, *(Path(file).stem for file, _ in found)]), loras=found)
 
 
-def find(model: str | None, variant: str | None = None, revision: str | None = None) -> Source:
+def find(
+    model: str | None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    vae: str | None = None,
+) -> Source:
     """Where a model is: a hub id (downloaded into the hub's cache), a folder, a `.safetensors` file, None for the demo.
 
-    Raises ModelError if there is nothing there, or only pickles.
+    `variant` is that of the weights, such as "fp16", `revision` one of the hub's. `config` is a diffusers folder or hub
+    id that a single file takes its configs from, `vae` a file, folder or hub id of a VAE in the place of the model's.
+
+    Raises ModelError if there is nothing there, only pickles, or a model that slimdiff does not support.
     """
+    asked = {"variant": variant, "revision": revision, "config": _absolute(config), "vae": _absolute(vae)}
+    given = {key: value for key, value in asked.items() if value}
     if model is None or model == "demo":
-        return Source("demo", "demo", DEMO, variant)
+        return Source("demo", "demo", DEMO, given)
     path = Path(model).expanduser()
     if path.suffix.lower() in PICKLES:
         raise ModelError(
@@ -59,22 +79,37 @@ def find(model: str | None, variant: str | None = None, revision: str | None = N
             raise ModelError(
                 f"{model} is a file, but not a .safetensors file; pass a folder, a hub id or .safetensors."
             )
-        return Source(str(path.resolve()), path.stem, None)
+        return Source(str(path.resolve()), path.stem, None, given)
+    if config:
+        raise ModelError(f"--config is for a single .safetensors file; {model} brings its own configs.")
     if path.is_dir():
         _check_folder(path, variant)
-        return Source(str(path.resolve()), path.resolve().name, path.resolve(), variant)
+        return Source(str(path.resolve()), path.resolve().name, path.resolve(), given)
     looks_local = model.startswith((".", "/", "~")) or model.endswith(".safetensors") or model.count("/") != 1
     if looks_local:
         raise ModelError(f"There is no file or folder {model}, and it is no hub id (those look like owner/name).")
+    return Source(model, model.split("/")[-1], _download(model, variant, revision), given)
+
+
+def _absolute(path: str | None) -> str | None:
+    """A local path made absolute, so that it can be found from elsewhere; a hub id as it is."""
+    return str(local.resolve()) if path and (local := Path(path).expanduser()).exists() else path
+
+
+def _download(model: str, variant: str | None, revision: str | None) -> Path:
+    """The pipeline's folder in the hub's cache. What the model is gets checked before its weights are fetched."""
     try:
-        folder = DiffusionPipeline.download(model, variant=variant, revision=revision, use_safetensors=True)
+        for name, check in (("model_index.json", check_index), ("unet/config.json", check_unet)):
+            check(_read(Path(hf_hub_download(model, name, revision=revision))), model)
+        return Path(DiffusionPipeline.download(model, variant=variant, revision=revision, use_safetensors=True))
+    except ModelError:
+        raise
     except Exception as error:  # the hub raises types of its own, OSError and ValueError for what users mistype
         root = _root(error)
         raise ModelError(
             f"Cannot get {model} from the hub ({type(root).__name__}: {_first_words(root)}). Check the name, the "
             "network, your access to the model, and whether it offers .safetensors weights."
         ) from error
-    return Source(model, model.split("/")[-1], Path(folder), variant)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -91,16 +126,17 @@ def _first_words(error: BaseException) -> str:
 
 def _check_folder(path: Path, variant: str | None) -> None:
     if not (path / "model_index.json").is_file():
+        alone = _read(path / "config.json").get("_class_name") if (path / "config.json").is_file() else None
+        what = f"a lone {alone}, not a diffusers pipeline folder" if alone else "not a diffusers pipeline folder"
         raise ModelError(
-            f"{path} is not a diffusers pipeline folder: it has no model_index.json. Pass the folder that holds "
-            "model_index.json, unet/, vae/ and the others, or a single .safetensors file."
+            f"{path} is {what}: it has no model_index.json. Pass the folder that holds model_index.json, unet/, vae/ "
+            "and the others, or a single .safetensors file."
         )
+    check_index(_read(path / "model_index.json"), str(path))
     unet = path / "unet"
-    if not unet.is_dir():
-        raise ModelError(
-            f"{path} has no unet/ folder. slimdiff compresses UNets of Stable Diffusion 1.x, 2.x and SDXL; transformer "
-            "models (SD3, Flux, PixArt) are not supported."
-        )
+    if not (unet / "config.json").is_file():
+        raise ModelError(f"{path} is incomplete: it has no unet/config.json. {SUPPORTED}")
+    check_unet(_read(unet / "config.json"), str(path))
     if not any(unet.glob("*.safetensors")):
         pickles = sorted(p.name for p in unet.iterdir() if p.suffix in PICKLES)
         found = f"only pickles ({', '.join(pickles)}), which slimdiff does not read" if pickles else "no weights"
@@ -111,6 +147,16 @@ def _check_folder(path: Path, variant: str | None) -> None:
         raise ModelError(
             f"{unet} has no weights of variant '{variant}'; leave out --variant or pick one that is there."
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON ({error}); the model is damaged.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} does not hold a JSON object; the model is damaged.")
+    return content
 
 
 def unet_files(source: Source) -> list[Path]:

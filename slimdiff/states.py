@@ -120,7 +120,7 @@ def recorded(unet: nn.Module, states: States, first: int, count: int, calls: int
 
 
 def _record_conditioning(states: States, kwargs: dict[str, Any], row: int, count: int) -> None:
-    given = {"encoder_hidden_states": kwargs.get("encoder_hidden_states")}
+    given = {name: kwargs.get(name) for name in ("encoder_hidden_states", "timestep_cond")}
     given |= {f"added_cond_kwargs.{name}": value for name, value in (kwargs.get("added_cond_kwargs") or {}).items()}
     for name, value in given.items():
         if isinstance(value, Tensor):

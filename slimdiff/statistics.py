@@ -35,7 +35,7 @@ class Statistics:
     """The sums of a calibration over the first `done` prompts of its recipe."""
 
     model: str
-    variant: str | None
+    model_options: dict[str, str]
     fingerprint: str
     recipe: Recipe
     grams: dict[str, Gram] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Statistics:
         metadata = {
             "format": FORMAT,
             "model": self.model,
-            "variant": self.variant,
+            "model_options": self.model_options,
             "fingerprint": self.fingerprint,
             "loras": self.loras,
             "recipe": self.recipe.to_json(),
@@ -115,9 +115,9 @@ class StatisticsFile:
         return str(self.metadata["model"])
 
     @property
-    def variant(self) -> str | None:
-        variant: str | None = self.metadata["variant"]
-        return variant
+    def model_options(self) -> dict[str, str]:
+        """What `source.find` was told beside the model: variant, revision, config, vae."""
+        return dict(self.metadata.get("model_options", {}))
 
     @property
     def loras(self) -> tuple[tuple[str, float], ...]:
@@ -171,7 +171,7 @@ class StatisticsFile:
         """Everything at once, to go on adding to it."""
         grams = {key: self.gram(key, device) for key in self.metadata["tokens"]}
         return Statistics(
-            self.model, self.variant, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras
+            self.model, self.model_options, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras
         )
 
     def check_model(self, fingerprint: str, reference: str) -> None:

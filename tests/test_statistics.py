@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     gram = Gram(6, heads=2)
     gram.add(torch.randn(50, 12))
-    statistics = Statistics("model", None, "f" * 64, RECIPE, {"block.attn1.qk:q": gram}, done=2)
+    statistics = Statistics("model", {}, "f" * 64, RECIPE, {"block.attn1.qk:q": gram}, done=2)
     statistics.write(tmp_path / "s.safetensors")
     return tmp_path / "s.safetensors"
 
@@ -66,7 +66,7 @@ def test_missing_file_names_the_remedy(tmp_path):
 def test_missing_and_empty_groups(path):
     with pytest.raises(StatisticsError, match="no tokens"):
         StatisticsFile(path).moments("block.attn1.vo:z")
-    Statistics("model", None, "f", RECIPE, {"g:q": Gram(4)}, done=2).write(path)
+    Statistics("model", {}, "f", RECIPE, {"g:q": Gram(4)}, done=2).write(path)
     with pytest.raises(StatisticsError, match="no tokens"):
         StatisticsFile(path).moments("g:q")
 
@@ -76,7 +76,7 @@ def test_another_model_and_an_unfinished_file(path):
     file.check_model("f" * 64, "model")
     with pytest.raises(StatisticsError, match="another model"):
         file.check_model("0" * 64, "other")
-    Statistics("model", None, "f", RECIPE, {}, done=1).write(path)
+    Statistics("model", {}, "f", RECIPE, {}, done=1).write(path)
     with pytest.raises(StatisticsError, match="1 of 2 prompts"):
         StatisticsFile(path).check_model("f", "model")
 
@@ -84,5 +84,5 @@ def test_another_model_and_an_unfinished_file(path):
 def test_unwritable_place_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Cannot write"):
-        Statistics("model", None, "f", RECIPE).write(tmp_path / "file" / "s.safetensors")
+        Statistics("model", {}, "f", RECIPE).write(tmp_path / "file" / "s.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -61,9 +61,10 @@ def bench(
     texts = texts[:num_prompts]
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
-    found = source.find(dense or plan.provenance["model"], variant or plan.provenance["variant"])
+    kept = plan.provenance.get("model_options", {}) if dense is None else {}
+    found = source.find(dense or plan.provenance["model"], **kept | ({"variant": variant} if variant else {}))
     found = found.with_loras(plan.provenance.get("loras", ()))
-    pipes = pipeline.load(found, in_dtype), checkpoint.load(slim, torch_dtype=in_dtype)
+    pipes = pipeline.load(found, in_dtype), pipeline.painter(checkpoint.load(slim, torch_dtype=in_dtype))
     plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
     for pipe in pipes:
         pipeline.use_scheduler(pipe, made["scheduler"])

@@ -20,6 +20,8 @@ from slimdiff.recipe import SCHEDULERS
 @click.option("--batch-size", default="auto", help="Prompts at once; changes speed, not results.")
 @model_options
 @click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--config", help="Diffusers folder or hub id that gives a single file its configs.  [default: the hub's]")
+@click.option("--vae", help="VAE in the place of the model's own: a .safetensors file, a folder or a hub id.")
 @click.option("--lora", "loras", type=LORA, multiple=True, help="Merge FILE[:SCALE] first; may be repeated.")
 @click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
 @click.option("--baselines", is_flag=True, help="Also sum what every other 'compress --method' but svd needs.")
@@ -36,6 +38,8 @@ def calibrate(
     dtype: str,
     variant: str | None,
     revision: str | None,
+    config: str | None,
+    vae: str | None,
     loras: tuple[tuple[str, float], ...],
     resume: bool,
     force: bool,
@@ -54,7 +58,7 @@ def calibrate(
 
     chosen = None if prompts is None else recipe.read_prompts(prompts, column)
     on = pipeline.device_of(device)
-    dense = source.find(model, variant, revision).with_loras(loras)
+    dense = source.find(model, variant=variant, revision=revision, config=config, vae=vae).with_loras(loras)
     output = output or outputs.statistics_path(dense.name)
     say(f"model: {dense.reference}   device: {on}   output: {output}")
     pipe = pipeline.load(dense, pipeline.dtype_of(dtype, on)).to(on)

@@ -103,7 +103,9 @@ def compress(
     if not dry_run:
         checkpoint.check_output(output, force)
     on = pipeline.device_of(device)
-    dense = source.find(model or file.model, variant or file.variant).with_loras(file.loras)
+    kept = file.model_options if model is None else {}
+    dense = source.find(model or file.model, **kept | ({"variant": variant} if variant else {}))
+    dense = dense.with_loras(file.loras)
     stored = source.stored_dtype(dense)
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
@@ -111,9 +113,12 @@ def compress(
     click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
     if dry_run:
         return
-    slim.to("cpu", stored if dtype == "auto" else pipeline.dtype_of(dtype, on))
+    written = stored if dtype == "auto" else pipeline.dtype_of(dtype, on)
+    for part in (slim, pipe) if dense.folder is None else (slim,):
+        part.to(written)
     checkpoint.write(
-        output, slim, pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force, bool(dense.loras)
-    )
+        output, slim.to("cpu"), pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force, bool(dense.loras),
+        replaced=dense.options.keys() & {"vae"},
+    )  # fmt: skip
     click.echo(f"{output}: slim checkpoint, {checkpoint.size_in_bytes(output) / 1e6:.1f} MB of UNet weights")
     say("next: slimdiff bench")
