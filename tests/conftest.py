@@ -6,18 +6,40 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from slimdiff.families import PAINTERS, inpaints, is_xl
 from slimdiff.groups import Group
 from slimdiff.solve.solution import Solution
 from slimdiff.surgery import truncated
 
 torch.set_num_threads(1)  # models this small are slower on more
 TOKENS = 8
+
+XL: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32), "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+    "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 12 + 16, "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 16 + 6 * 4,
+}  # fmt: skip
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {},
+    "sd1-inpainting": {"in_channels": 9},
+    "bk-sdm": {"mid_block_type": None},
+    "sd2": {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": (2, 4)},
+    "sdxl": XL | {"transformer_layers_per_block": (1, 1, 2)},
+    "sdxl-inpainting": XL | {"transformer_layers_per_block": 1, "in_channels": 9},
+    "ssd-1b": XL | {
+        "transformer_layers_per_block": (1, (2,), (2,)), "reverse_transformer_layers_per_block": ((1, 3), (2, 1), 1),
+        "mid_block_type": "UNetMidBlock2D",
+    },
+}  # fmt: skip
+"""What makes a tiny UNet one of each family."""
 
 
 def tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
@@ -32,38 +54,57 @@ def tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
 
 
-def tiny_pipeline(folder: Path, unet: UNet2DConditionModel | None = None, seed: int = 0) -> StableDiffusionPipeline:
-    """A pipeline around a tiny UNet; its tokenizer's files go to `folder`."""
+def tiny_pipeline(
+    folder: Path, unet: UNet2DConditionModel | None = None, seed: int = 0, **scheduler: object
+) -> DiffusionPipeline:
+    """A pipeline around a tiny UNet, of the kind that fits it; its tokenizer's files go to `folder`."""
     unet = unet if unet is not None else tiny_unet(seed)
     torch.manual_seed(seed + 1)
+    tokenizer = tiny_tokenizer(folder)
+    xl, text_width = is_xl(unet.config), unet.config.cross_attention_dim
+    text = CLIPTextModel(tiny_text(tokenizer, 12 if xl else text_width))
+    parts: dict[str, Any] = {"feature_extractor": None, "requires_safety_checker": False, "safety_checker": None}
+    if xl:
+        second = CLIPTextModelWithProjection(
+            tiny_text(tokenizer, text_width - 12, projection_dim=16, num_hidden_layers=2)
+        )
+        parts = {"text_encoder_2": second.eval(), "tokenizer_2": tokenizer}
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) *
+        2, layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    schedule = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "set_alpha_to_one": False, "steps_offset": 1,
+    }  # fmt: skip
+    pipe = PAINTERS[xl, inpaints(unet.config)](
+        vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(**schedule | scheduler), **parts,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Letters one by one; its files go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(33, 127)]
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
+    return CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS, unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )  # fmt: skip
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=unet.config.cross_attention_dim, intermediate_size=16, projection_dim=12,
-        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=TOKENS,
-        bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1,
-    ))  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) *
-        2, layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(), text_encoder=text.eval(), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+
+def tiny_text(tokenizer: CLIPTokenizer, width: int, **changes: object) -> CLIPTextConfig:
+    words = len(tokenizer)
+    return CLIPTextConfig(**{
+        "vocab_size": words, "hidden_size": width, "intermediate_size": 16, "projection_dim": 12,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": TOKENS,
+        "bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1, **changes,
+    })  # fmt: skip
 
 
 @pytest.fixture(scope="session")

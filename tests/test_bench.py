@@ -7,13 +7,12 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from conftest import tiny_pipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from slimdiff import fidelity, timing
 from slimdiff.bench import Report, Settings, bench
@@ -43,46 +42,9 @@ def short() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    letters = [chr(c) for c in range(33, 127)]
-    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=16)
-
-
-def make_pipeline(folder: Path) -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    words = tokenizer(folder)
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-    ))  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8, sample_size=16,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False,
-        set_alpha_to_one=False,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=words, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    for module in (vae, text, unet):
-        module.requires_grad_(False).eval()
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    return make_pipeline(tmp_path_factory.mktemp("tokenizer"))
+    return tiny_pipeline(tmp_path_factory.mktemp("tokenizer"))
 
 
 def with_unet(pipe: StableDiffusionPipeline, unet: torch.nn.Module) -> StableDiffusionPipeline:
@@ -176,7 +138,7 @@ def test_comparing_leaves_no_hook_even_after_an_error(dense: StableDiffusionPipe
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), fidelity.compared(dense.unet, fails, 1, 4.0, []):  # type: ignore[arg-type]
-        dense.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 16, 16))
+        dense.unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 8, 12))
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in dense.unet.modules()]
     assert not any(hooks)
 

@@ -1,0 +1,130 @@
+"""Single .safetensors files in the original layout: the same model, and the same slim checkpoint, as from a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import UNETS, tiny_pipeline, tiny_unet
+from diffusers import AutoencoderKL
+from original_layout import save, vae
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from slimdiff import checkpoint, pipeline, source
+from slimdiff.cli import main
+from slimdiff.errors import ModelError
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd1-inpainting", "sdxl"])
+def model(request, tmp_path_factory) -> tuple[Path, Path]:
+    """The same tiny model as a folder and as a single file."""
+    work = tmp_path_factory.mktemp(request.param)
+    pipe = tiny_pipeline(work / "tokenizer", tiny_unet(**UNETS[request.param]))
+    pipe.save_pretrained(work / "tiny")
+    save(pipe, work / "tiny.safetensors")
+    return work / "tiny", work / "tiny.safetensors"
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_a_single_file_is_the_model_of_its_folder(model):
+    folder, file = model
+    ours, theirs = pipeline.load(source.find(str(file), config=str(folder))), pipeline.load(source.find(str(folder)))
+    assert type(ours) is type(theirs)
+    for name, part in theirs.components.items():
+        if isinstance(part, nn.Module):
+            assert equal(part.state_dict(), ours.components[name].state_dict()), name
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"], indirect=True)
+def test_a_single_file_gives_the_slim_checkpoint_of_its_folder(model, tmp_path):
+    folder, file = model
+    for reference, options, name in ((folder, (), "a"), (file, ("--config", folder), "b")):
+        statistics = tmp_path / f"{name}.safetensors"
+        run("calibrate", reference, *options, "--num-prompts", 2, "--steps", 2, "--device", "cpu", "-o", statistics)
+        run("compress", statistics, "--influence", "local", "--device", "cpu", "-o", tmp_path / name)
+    for part in ("unet", "vae", "text_encoder"):
+        copied, made = (load_file(next((tmp_path / name / part).glob("*.safetensors"))) for name in "ab")
+        if part == "text_encoder":  # transformers 5 wrote the folder's, without a prefix that version 4 needs
+            assert all(name.startswith("text_model.") for name in made)
+            copied = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in copied.items()}
+        assert equal(copied, made), part
+    pipe = checkpoint.load(tmp_path / "b")
+    assert all(torch.isfinite(tensor).all() for tensor in pipe.text_encoder.state_dict().values())
+    plans = [json.loads((tmp_path / name / "slimdiff/plan.json").read_text()) for name in "ab"]
+    assert plans[0]["entries"] == plans[1]["entries"]
+    assert plans[1]["provenance"]["model_options"] == {"config": str(folder)}
+
+
+def test_without_network_a_single_file_asks_for_configs(model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"the hub cannot be reached for them\. Pass --config"):
+        pipeline.load(source.find(str(model[1])))
+
+
+def test_configs_are_for_single_files_only(model):
+    with pytest.raises(ModelError, match="brings its own configs"):
+        source.find(str(model[0]), config=str(model[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.diffusion_model.input_blocks.0.0.weight": None}, "but no model.diffusion_model.input_blocks.0.0"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 8, 3, 3)}, "8 input channels"),
+        ({"conditioner.embedders.0.model.ln_final.weight": torch.zeros(4)}, "an SDXL refiner"),
+    ],
+    ids=["flux", "editing", "refiner"],
+)
+def test_a_file_of_another_kind_is_refused_before_it_is_read(tmp_path, change, said):
+    tensors = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 4, 3, 3)} | change
+    save_file(
+        {name: t for name, t in (tensors | {"x": torch.zeros(1)}).items() if t is not None}, tmp_path / "m.safetensors"
+    )
+    with pytest.raises(ModelError, match=said):
+        pipeline.load(source.find(str(tmp_path / "m.safetensors")))
+
+
+def test_another_vae_paints_and_goes_into_the_slim_checkpoint(model_folder, tmp_path):
+    torch.manual_seed(7)
+    other = AutoencoderKL.from_config(AutoencoderKL.load_config(model_folder / "vae"))
+    other.save_pretrained(tmp_path / "folder")
+    other.save_pretrained(tmp_path / "pipeline/vae")
+    save_file({name: tensor.contiguous() for name, tensor in vae(other).items()}, tmp_path / "file.safetensors")
+    for form in ("folder", "pipeline", "file.safetensors"):
+        pipe = pipeline.load(source.find(str(model_folder), vae=str(tmp_path / form)))
+        assert equal(other.state_dict(), pipe.vae.state_dict()), form
+    statistics, few = tmp_path / "s.safetensors", ("--num-prompts", 1, "--steps", 1, "--device", "cpu")
+    run("calibrate", model_folder, "--vae", tmp_path / "folder", *few, "-o", statistics)
+    run("compress", statistics, "--influence", "local", "--device", "cpu", "-o", tmp_path / "slim")
+    assert equal(other.state_dict(), load_file(tmp_path / "slim/vae/diffusion_pytorch_model.safetensors"))
+
+
+def test_a_vae_that_is_none_is_refused(model_folder, tmp_path):
+    for path in (tmp_path, model_folder / "unet/diffusion_pytorch_model.safetensors"):
+        with pytest.raises(ModelError, match="Cannot load the VAE"):
+            pipeline.load(source.find(str(model_folder), vae=str(path)))
+
+
+def test_a_file_without_vae_can_be_given_one(model, tmp_path):
+    folder, file = model
+    tensors = {name: t for name, t in load_file(file).items() if not name.startswith("first_stage_model")}
+    save_file(tensors, tmp_path / "m.safetensors")
+    found = source.find(str(tmp_path / "m.safetensors"), config=str(folder))
+    with pytest.raises(ModelError, match=r"AutoencoderKL.*--vae"):
+        pipeline.load(found)
+    found = source.find(str(tmp_path / "m.safetensors"), config=str(folder), vae=str(folder))
+    ours, whole = pipeline.load(found).vae, AutoencoderKL.from_pretrained(folder / "vae")
+    assert equal(whole.state_dict(), ours.state_dict())
