@@ -7,7 +7,9 @@ import click
 from slimdiff import __version__
 from slimdiff.commands.bench import bench
 from slimdiff.commands.calibrate import calibrate
+from slimdiff.commands.compare import compare
 from slimdiff.commands.compress import compress
+from slimdiff.commands.inspect import inspect
 from slimdiff.commands.lora import lora
 
 
@@ -27,5 +29,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, lora):
+for _command in (calibrate, compress, bench, inspect, compare, lora):
     main.add_command(_command)
