@@ -101,7 +101,7 @@ def calibrate(
             clock = Clock(shares)
             guide = partial(guided, prompts=len(chosen), guidance_scale=recipe.guidance_scale)
             with (
-                captured(pipe.unet, groups, statistics.grams, clock.weight, guide),
+                captured(pipe.unet, groups, statistics.grams, clock, guide),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
             ):
                 latents = paint(pipe, recipe, chosen, step)

@@ -38,5 +38,4 @@ def _statistics(file: StatisticsFile) -> StatisticsView:
         file.metadata,
         [spectrum(file, key) for key in tqdm(keys, unit="statistic", disable=None, desc="inspect", leave=False)],
         read_cache(file.path.with_suffix(".influence.json"), file.digest()),
-        {},
     )

@@ -68,6 +68,6 @@ def _moments(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -
     for start in range(0, prompts, BATCH):
         chosen = range(start, min(start + BATCH, prompts))
         clock = Clock(shares)
-        with captured(pipe.unet, groups, grams, clock.weight):
+        with captured(pipe.unet, groups, grams, clock):
             paint(pipe, recipe, chosen, clock.tick)
     return lambda key: grams[key].moments()

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimdiff.gram import Moments
 from slimdiff.linalg import regularised
 from slimdiff.statistics import StatisticsFile
+
+SLACK = 1e-3
+"""Relative difference of two sums of the same energies that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Spectrum:
     their sum, (width,): all 0 for tokens that never vary. `effective_rank` is the participation ratio `(Σλ)² / Σλ²` of
     a head's eigenvalues, their mean over heads: 1 for tokens on one line, the width for tokens spread evenly (Gao et
     al. 2017, "A theory of multineuronal dimensionality, dynamics and measurement"). `condition` is the largest over
-    the smallest eigenvalue of the worst head.
+    the smallest eigenvalue of the worst head. `energy` is the share of `Σ |x|²` in each tenth of the sampler's calls,
+    (10,), None where the file does not hold it.
     """
 
     key: str
@@ -29,6 +34,7 @@ class Spectrum:
     values: Tensor
     effective_rank: float
     condition: float
+    energy: Tensor | None
 
     @property
     def kept(self) -> Tensor:
@@ -42,13 +48,27 @@ class Spectrum:
 
 def spectrum(statistics: StatisticsFile, key: str) -> Spectrum:
     """Of one statistic, named as in the file. Raises StatisticsError if it is missing, damaged or not finite."""
-    found = statistics.moments(key)
+    gram = statistics.gram(key)
+    found = gram.moments()
     ridged = torch.linalg.eigvalsh(regularised(found.covariance)).flip(-1)
     values = ridged * found.covariance.any(-1).any(-1)[:, None]  # a head that is constant has no energy to lose
     total, squares = values.sum(-1), values.square().sum(-1)
     tiny = torch.finfo(values.dtype).tiny
     heads, width = values.shape
     return Spectrum(
-        key, heads, width, found.count, values.sum(0) / total.sum().clamp(min=tiny),
-        float((total.square() / squares.clamp(min=tiny)).mean()), float((ridged[:, 0] / ridged[:, -1]).max()),
-    )  # fmt: skip
+        key,
+        heads,
+        width,
+        found.count,
+        values=values.sum(0) / total.sum().clamp(min=tiny),
+        effective_rank=float((total.square() / squares.clamp(min=tiny)).mean()),
+        condition=float((ridged[:, 0] / ridged[:, -1]).max()),
+        energy=_shares(gram.energy, found),
+    )
+
+
+def _shares(energy: Tensor, found: Moments) -> Tensor | None:
+    """Of each tenth, None where there is no energy, or where earlier versions summed tokens without it."""
+    whole = found.count * found.second.diagonal(dim1=1, dim2=2).sum()
+    known = whole > 0 and (energy.sum() - whole).abs() < SLACK * whole
+    return energy / energy.sum() if known else None

@@ -53,8 +53,9 @@ def card(*figures: str) -> str:
 
 
 def typeset(text: str) -> str:
-    """Escaped text with real multiplication signs, minus signs and dashes; figures stay with their units."""
+    """Escaped text with real multiplication signs, powers, minus signs and dashes; figures stay with their units."""
     text = re.sub(r"(?<=\d)x\b", "&times;", escape(text))
+    text = re.sub(r"(?<=\d)e-0*(\d+)", r"&middot;10<sup>&minus;\1</sup>", text)
     text = re.sub(r"(?<!\S)-(?=\d)", "&minus;", text)
     text = re.sub(r"(?<=\d) - (?=\d)", "&#8201;&ndash;&#8201;", text)
     return re.sub(r"(?<=\d) (?=(?:[mu]?s|[kMGT]?B|[kMGT]|dB)\b)", "&nbsp;", text)

@@ -14,6 +14,7 @@ from slimdiff.report.svg import Axis, Series, chart, percents, power
 from slimdiff.report.unet import KINDS, place
 from slimdiff.report.wording import Row, columns, count, percent
 from slimdiff.spectra import Spectrum
+from slimdiff.timesteps import TENTHS
 
 STATISTICS = {
     "q": "Queries", "k": "Keys, centred over each picture", "z": "Head outputs", "g": "Hidden units, guided",
@@ -27,16 +28,11 @@ POINTS = 48
 
 @dataclass(frozen=True)
 class StatisticsView:
-    """A statistics file's `metadata` and `spectra`, and what influence was probed on it, by the settings of the run.
-
-    `energies` hold, for each statistic, the share of its tokens' energy in each tenth of the sampler's calls, first to
-    last; there are none in files of earlier versions.
-    """
+    """A statistics file's `metadata` and `spectra`, and what influence was probed on it, by the settings of the run."""
 
     metadata: Mapping[str, Any]
     spectra: Sequence[Spectrum]
     runs: Mapping[str, Points]
-    energies: Mapping[str, Sequence[float]]
 
     def summary(self) -> list[tuple[str, str]]:
         recipe = self.metadata["recipe"]
@@ -68,10 +64,9 @@ class StatisticsView:
 
     def energy_rows(self) -> list[Row]:
         """Empty where the file does not hold them."""
-        if not self.energies:
-            return []
-        head = ("energy by tenth of the steps", *(str(i + 1) for i in range(10)))
-        return [head, *((key, *map(percent, shares)) for key, shares in self.energies.items())]
+        known = [(s.key, s.energy.tolist()) for s in self.spectra if s.energy is not None]
+        head = ("energy by tenth of the steps", *(str(i + 1) for i in range(TENTHS)))
+        return [head, *((key, *map(percent, shares)) for key, shares in known)] if known else []
 
     def influence_rows(self, run: str) -> list[Row]:
         """Every width that was probed: its local error, its final error, and how much of the one reaches the other."""
@@ -98,7 +93,7 @@ class StatisticsView:
                 s.key: {
                     "heads": s.heads, "width": s.width, "tokens": s.tokens, "effective_rank": s.effective_rank,
                     "condition": s.condition, "spectrum": s.values.tolist(),
-                    "energy_by_tenth": self.energies.get(s.key),
+                    "energy_by_tenth": None if s.energy is None else s.energy.tolist(),
                 }
                 for s in self.spectra
             },
@@ -143,10 +138,10 @@ class StatisticsView:
                 "a cut to that width keeps at best before anything is refitted.", LEGEND,
             ),
             *([section(
-                "Energy by timestep", self._panels(self._energy_panel),
+                "Energy by timestep", self._panels(_energy_panel),
                 "Share of each statistic's energy in every tenth of the steps, from noise to picture; level is 10%.",
                 LEGEND,
-            )] if self.energies else []),
+            )] if all(s.energy is not None for s in self.spectra) else []),
             *(_influence_section(run, points) for run, points in self.runs.items()),
             section(
                 "In figures", details("Every statistic", table(self.spectrum_rows()))
@@ -170,13 +165,6 @@ class StatisticsView:
             kinds.setdefault(s.key.rpartition(":")[2], []).append(s)
         plots = (f"<div><h3>{escape(STATISTICS.get(k, k))}</h3>{panel(found)}</div>" for k, found in kinds.items())
         return f'<div class="halves">{"".join(plots)}</div>'
-
-    def _energy_panel(self, spectra: Sequence[Spectrum]) -> str:
-        shares = {s.key: self.energies[s.key] for s in spectra if s.key in self.energies}
-        up = Axis.even("", 0, max(max(values) for values in shares.values()), percents)
-        along = Axis("tenth of the steps, from noise to picture", 1, 10, ((1, "first"), (10, "last")))
-        lines = [Series(tuple(enumerate(values, 1)), (key,), _style(key), dots=False) for key, values in shares.items()]
-        return chart(lines, along, up, 180)
 
 
 def _ratio(final: float, local: float) -> str:
@@ -218,6 +206,13 @@ def _spectrum_panel(spectra: Sequence[Spectrum]) -> str:
 def _kept_panel(spectra: Sequence[Spectrum]) -> str:
     curves = [_curve(s, [(r / s.width, kept) for r, kept in _sampled(s.kept.tolist())]) for s in spectra]
     return chart(curves, _shares("share of the width"), Axis.even("", 0, 1, percents), 180)
+
+
+def _energy_panel(spectra: Sequence[Spectrum]) -> str:
+    shares = [[] if s.energy is None else s.energy.tolist() for s in spectra]
+    curves = [_curve(s, list(enumerate(of, 1))) for s, of in zip(spectra, shares, strict=True)]
+    along = Axis("tenth of the steps, from noise to picture", 1, TENTHS, ((1, "first"), (TENTHS, "last")))
+    return chart(curves, along, Axis.even("", 0, max(map(max, shares)), percents), 180)
 
 
 def _shares(title: str) -> Axis:
