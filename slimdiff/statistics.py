@@ -1,9 +1,9 @@
 """The statistics file: what calibration hands to compression. One safetensors file, each tensor with its checksum.
 
 Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`,
-`.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`). Products are float32, in an unfinished file
-float64. The metadata's `slimdiff` entry is one JSON object: format version, model reference and fingerprint, recipe,
-number of prompts done, token counts, library versions, checksums.
+`.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`). Products are float32, in an
+unfinished file float64. The metadata's `slimdiff` entry is one JSON object: format version, model reference and
+fingerprint, recipe, number of prompts done, token counts, library versions, checksums.
 """
 
 from __future__ import annotations
