@@ -71,7 +71,7 @@ def test_energies_by_tenth_add_up_and_survive_merging_and_storing(tmp_path, toke
         for gram in (whole, parts[call % 2]):
             gram.add(batch, clock.weight(), clock.tenth())
     assert torch.allclose(whole.energy, expected, rtol=1e-5)
-    second = whole.products.diagonal(dim1=1, dim2=2).sum() + whole.count * whole.mean.square().sum()
+    second = whole.count * whole.moments().second.diagonal(dim1=1, dim2=2).sum()
     assert float(whole.energy.sum()) == pytest.approx(float(second), rel=1e-6)
     parts[0].merge(parts[1])
     assert torch.allclose(parts[0].energy, whole.energy)
