@@ -38,8 +38,8 @@ class Moments:
 
 
 class Gram:
-    """Centred products `Σ (x - m)(x - m)ᵀ`, mean m, (h, d), and token count n, of each head; and the energy `Σ |x|²`, not
-    centred, of all heads in each tenth of the sampler's calls, (10,).
+    """Centred products `Σ (x - m)(x - m)ᵀ`, mean m, (h, d), and token count n, of each head; and the energy `Σ |x|²`,
+    not centred, of all heads in each tenth of the sampler's calls, (10,).
 
     `packed` holds the products' lower triangles, (h, d (d + 1) / 2). Products are kept centred, because a mean that is
     large beside the spread would drown it in rounding; batches are joined by the update of Chan, Golub & LeVeque
