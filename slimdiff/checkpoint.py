@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimdiff.errors import ModelError, OutputError
+from slimdiff.outputs import PLAN
 from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
-
-PLAN = Path("slimdiff", "plan.json")
 
 # Weights by name: model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, and with a variant
 # model.fp16-00001-of-00002.safetensors or the older model-00001-of-00002.fp16.safetensors; their index likewise.
