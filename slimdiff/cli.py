@@ -27,7 +27,7 @@ def main() -> None:
     slimdiff inspect PATH               what is in a statistics file, a plan or a slim checkpoint
     slimdiff compare RUN RUN ...        several benchmarks: quality against speed
 
-    The first three, typed one after the other in any folder, each command picks up what the one before it left in ./slimdiff-out.
+    The first three, typed one after the other in any folder, pick up what the one before left in ./slimdiff-out.
     Without a MODEL they run on a miniature Stable Diffusion that comes with slimdiff. MODEL is a hub id (owner/name), a
     diffusers folder, or a .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL.
     """
