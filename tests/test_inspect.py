@@ -93,7 +93,7 @@ def test_the_unet_stands_as_a_u():
         "up_blocks.1": "2 / 2", "up_blocks.2": "1 / 2",
     }  # fmt: skip
     assert re.findall(r'<i style="width:([\d.]+)%', text) == ["100.0", "87.5", "75.0", "62.5", "50.0"]
-    assert "<s>8 → </s>4" in text and "75% of widths kept" in text and text.count(">0.1<") == 5
+    assert "<s>8 → </s>4" in text and "75% of widths kept" in text and text.count(">0.1<") == 5
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,19 @@ def test_a_browser_lays_the_pages_out_without_overflow_in_light_and_dark(made, t
     from slimdiff.inspection import look
 
     views = [look(made / "statistics.safetensors"), look(made / "slim")]
+    columns = [
+        ("attn1.qk", 64, 56),
+        ("attn1.vo", 64, 56),
+        ("attn2.qk", 64, 8),
+        ("attn2.vo", 64, 64),
+        ("ff.ffn", 5120, 4848),
+    ]
+    wide = [
+        Entry(f"{block}.attentions.0.transformer_blocks.0.{name}", name[-3:], width, rank, (1, 1), (1, 1), 0.1, 0.1)
+        for block in ("down_blocks.1", "mid_block", "up_blocks.0")
+        for name, width, rank in columns
+    ]
+    views.append(PlanView(replace(make_report().plan, entries=tuple(wide))))
     pages = [page.html(make_report()), *(view.html() for view in views)]
     papers = set()
     for flags in ([], ["--force-dark-mode"]):

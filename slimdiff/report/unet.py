@@ -90,6 +90,6 @@ def said(entry: Entry) -> str:
 
 
 def _cell(entry: Entry) -> str:
-    widths = f"<s>{entry.width} → </s>{entry.rank}" if entry.rank < entry.width else f"{entry.width}"
+    widths = f"<s>{entry.width} → </s>{entry.rank}" if entry.rank < entry.width else f"{entry.width}"
     share = 100 * entry.rank / entry.width
     return f'<span class="cell" title="{escape(said(entry))}"><i style="width:{share:.1f}%"></i><b>{widths}</b></span>'
