@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from slimdiff import checkpoint
-from slimdiff.errors import SlimdiffError
+from slimdiff.errors import SlimdiffError, StatisticsError
 from slimdiff.influence import read_cache
 from slimdiff.plan import Plan
 from slimdiff.report.of_plan import PlanView
@@ -34,6 +34,8 @@ def look(path: Path) -> StatisticsView | PlanView:
 
 def _statistics(file: StatisticsFile) -> StatisticsView:
     keys = [key for key, tokens in file.metadata["tokens"].items() if tokens]
+    if not keys:
+        raise StatisticsError(f"{file.path} holds no tokens at all; calibrate again.")
     return StatisticsView(
         file.metadata,
         [spectrum(file, key) for key in tqdm(keys, unit="statistic", disable=None, desc="inspect", leave=False)],

@@ -110,6 +110,12 @@ def test_calibration_records_energies(model_folder, tmp_path):
     assert torch.allclose(keys[::2], keys[0], rtol=1e-5)  # of the text, which no timestep changes
 
 
+def test_statistics_of_nothing_are_refused(tmp_path):
+    stored(tmp_path / "s.safetensors", z=Gram(8))
+    with pytest.raises(StatisticsError, match="no tokens at all"):
+        look(tmp_path / "s.safetensors")
+
+
 def test_a_statistic_that_is_not_finite_is_refused(tmp_path, tokens):
     tokens[0, 0] = torch.nan
     with pytest.raises(StatisticsError, match="NaN or infinite"):

@@ -109,16 +109,18 @@ def _check(first: Run, other: Run) -> None:
     for name, here in first.conditions().items():
         if here != there[name]:
             raise SlimdiffError(
-                f"{first.name} and {other.name} cannot be compared: {name} differs ({_short(here)} and "
-                f"{_short(there[name])}). Run 'slimdiff bench' for both with the same model and settings, on the same "
-                "machine."
+                f"{first.name} and {other.name} cannot be compared: {name} differs ({_apart(here, there[name])}). "
+                "Run 'slimdiff bench' for both with the same model and settings, on the same machine."
             )
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{len(value)}, the first '{value[0]}'" if value else "none"
-    return str(value)[:40]
+def _apart(here: Any, there: Any) -> str:
+    """Two values in short; of lists their lengths, or where these are equal the first entries that differ."""
+    if isinstance(here, list) and isinstance(there, list):
+        if len(here) != len(there):
+            return f"{len(here)} and {len(there)} of them"
+        here, there = next((a, b) for a, b in zip(here, there, strict=True) if a != b)
+    return f"{str(here)[:60]} and {str(there)[:60]}"
 
 
 @dataclass(frozen=True)

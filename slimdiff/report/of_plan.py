@@ -16,6 +16,8 @@ from slimdiff.report.wording import Row, change, columns, count, percent
 
 @dataclass(frozen=True)
 class PlanView:
+    """A plan as text, JSON and a page."""
+
     plan: Plan
 
     def kind_rows(self) -> list[Row]:
@@ -28,8 +30,9 @@ class PlanView:
         return [("refitted", "held-out error"), *((name, change(1, ratio)) for name, ratio in self.plan.refits.items())]
 
     def table(self) -> str:
-        sections = [self.plan.table() if self.plan.entries else "\n".join(self.plan.summary())]
-        return "\n\n".join([*sections, *(columns(rows) for rows in (self.kind_rows(), self.refit_rows()) if rows)])
+        return "\n\n".join(
+            [self.plan.table(), *(columns(rows) for rows in (self.kind_rows(), self.refit_rows()) if rows)]
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"what": "plan", **json.loads(self.plan.to_json())}
@@ -58,7 +61,7 @@ class PlanView:
             *([section("Refits", table(self.refit_rows()), REFITS)] if plan.refits else []),
             section("Provenance", definitions(plan.provenance)),
         ]
-        return document(f"{name}, plan for {plan.budget:.0%} of {plan.of}", headline, cards, sections)
+        return document(f"{name}, plan for {100 * plan.budget:g}% of {plan.of}", headline, cards, sections)
 
 
 REFITS = "What fitting a layer anew made of the error on calibration states that the fit had not seen."
@@ -86,11 +89,9 @@ def _errors(plan: Plan) -> tuple[str, str, list[tuple[str, str]]]:
     probed = all(entry.final_error is not None for entry in cut)
 
     def point(entry: Entry) -> tuple[float, float]:
-        return (
-            (entry.local_error, entry.final_error or 0.0)
-            if probed
-            else (1 - entry.rank / entry.width, entry.local_error)
-        )
+        if entry.final_error is None or not probed:
+            return 1 - entry.rank / entry.width, entry.local_error
+        return entry.local_error, entry.final_error
 
     points = [point(entry) for entry in cut]
     if probed:
