@@ -104,7 +104,7 @@ def calibrate(
             canvas = canvases(pipe, recipe, chosen)
             guide = partial(guided, prompts=len(chosen), guidance_scale=recipe.guidance_scale)
             with (
-                captured(pipe.unet, groups, statistics.grams, clock.weight, guide),
+                captured(pipe.unet, groups, statistics.grams, clock, guide),
                 recorded(pipe.unet, statistics.states, start, len(chosen), calls),
             ):
                 latents = paint(pipe, recipe, chosen, step, canvas=canvas)

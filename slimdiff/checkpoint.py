@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from slimdiff.errors import ModelError, OutputError
+from slimdiff.outputs import PLAN
 from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
-
-PLAN = Path("slimdiff", "plan.json")
 
 # Weights by name: model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, and with a variant
 # model.fp16-00001-of-00002.safetensors or the older model-00001-of-00002.fp16.safetensors; their index likewise.
@@ -89,9 +88,9 @@ def write(
     """Write the complete pipeline folder: `unet`, the other components of the dense `pipe`, and the plan.
 
     The other components are copied as files from `source`, the local folder that `pipe` was loaded from with
-    `variant`, and take plain file names; without `source`, and those `replaced` since, they are saved anew. Only
-    safetensors weights are written. The class of the pipeline stays that of `source`, whichever `pipe` has.
-    Text encoders get the weights they have in `pipe` if something was `merged` into it.
+    `variant`, and take plain file names; without `source`, and those `replaced` since, they are saved anew, in the
+    dtype of `unet`. Only safetensors weights are written. The class of the pipeline stays that of `source`, whichever
+    `pipe` has. Text encoders get the weights they have in `pipe` if something was `merged` into it.
     The folder appears under its name when it is complete, and only then replaces an older one.
 
     Raises OutputError if `output` may not be replaced (see `check_output`) or cannot be written, ModelError if `source`
@@ -101,7 +100,7 @@ def write(
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_components(partial, pipe, source, variant, replaced)
+        _write_components(partial, pipe, source, variant, replaced, unet.dtype)
         if merged and source is not None:
             for name in ("text_encoder", "text_encoder_2"):
                 if getattr(pipe, name, None) is not None:
@@ -213,7 +212,12 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _write_components(
-    folder: Path, pipe: DiffusionPipeline, source: Path | None, variant: str | None, replaced: Collection[str]
+    folder: Path,
+    pipe: DiffusionPipeline,
+    source: Path | None,
+    variant: str | None,
+    replaced: Collection[str],
+    dtype: torch.dtype,
 ) -> None:
     own = json.loads(pipe.to_json_string())
     components = {name: part for name, part in pipe.components.items() if name != "unet"}
@@ -230,13 +234,15 @@ def _write_components(
         for licence in source.glob("LICEN[CS]E*"):
             shutil.copyfile(licence, folder / licence.name)
     for name in anew:
-        _save(components[name], folder / name)
+        _save(components[name], folder / name, dtype)
     index["unet"] = [MODULE, SlimUNet2DConditionModel.__name__]
     _write_json(folder / "model_index.json", index)
 
 
-def _save(component: Any, folder: Path) -> None:
+def _save(component: Any, folder: Path, dtype: torch.dtype) -> None:
     """Under the names that every version of transformers reads: version 5 leaves out a prefix that version 4 needs."""
+    if isinstance(component, torch.nn.Module):
+        component.to(dtype)
     if isinstance(component, CLIPTextModel):
         state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in component.state_dict().items()}
         component.save_pretrained(folder, state_dict=state)

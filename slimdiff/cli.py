@@ -7,7 +7,9 @@ import click
 from slimdiff import __version__
 from slimdiff.commands.bench import bench
 from slimdiff.commands.calibrate import calibrate
+from slimdiff.commands.compare import compare
 from slimdiff.commands.compress import compress
+from slimdiff.commands.inspect import inspect
 from slimdiff.commands.lora import lora
 
 
@@ -21,11 +23,15 @@ def main() -> None:
     slimdiff compress --budget 0.35     remove 35% of attention and feed-forward parameters in closed form
     slimdiff bench                      dense against slim: speed, memory, size, and how far the pictures moved
 
-    Typed one after the other in any folder, each command picks up what the one before it left in ./slimdiff-out.
+    \b
+    slimdiff inspect PATH               what is in a statistics file, a plan or a slim checkpoint
+    slimdiff compare RUN RUN ...        several benchmarks: quality against speed
+
+    The first three, typed one after the other in any folder, pick up what the one before left in ./slimdiff-out.
     Without a MODEL they run on a miniature Stable Diffusion that comes with slimdiff. MODEL is a hub id (owner/name), a
     diffusers folder, or a .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL.
     """
 
 
-for _command in (calibrate, compress, bench, lora):
+for _command in (calibrate, compress, bench, inspect, compare, lora):
     main.add_command(_command)

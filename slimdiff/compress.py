@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -36,7 +36,26 @@ def compress(
     Raises BudgetError if the budget cannot be met, StatisticsError if the statistics are damaged, empty, not finite, or
     lack what the method needs.
     """
-    plan, solutions = make_plan(pipe, statistics, options)
+    return next(sweep(pipe, statistics, options, [options.budget]))
+
+
+def sweep(
+    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, budgets: Sequence[float]
+) -> Iterator[tuple[SlimUNet2DConditionModel, Plan]]:
+    """What `compress` gives for each of several budgets, of which none is begun unless all can be met.
+
+    Groups are solved once for all of them, and probed once. Raises what `compress` raises.
+    """
+    wanted = [replace(options, budget=budget) for budget in budgets]
+    solved = solve(pipe, statistics, wanted)
+    for one in wanted:
+        yield _cut(pipe, statistics, one, solved)
+
+
+def _cut(
+    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, solved: Solved
+) -> tuple[SlimUNet2DConditionModel, Plan]:
+    plan, solutions = make_plan(pipe, statistics, options, solved)
     method = METHODS[options.method]
     slim = build(pipe.unet, plan.ranks(), solutions, maps=options.lora_maps if method.adapters else 0)
     if not plan.ranks() or not (options.refine or method.refits_output):
@@ -51,22 +70,43 @@ def compress(
     return slim, replace(plan, refits={refit.name: refit.ratio for refit in refits})
 
 
-def make_plan(
-    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options
-) -> tuple[Plan, dict[str, Solution]]:
-    """The decision, and the solutions it picks widths of. See `compress`."""
-    unet, recipe, method = pipe.unet, statistics.recipe, METHODS[options.method]
-    options = replace(options, influence=options.influence or method.influence, kinds=_kinds(method, options))
-    method.check(options.method, recipe.baselines)
+@dataclass(frozen=True)
+class Solved:
+    """What does not depend on the budget: the groups to cut and their solutions, by name; of the UNet, the number of
+    parameters and the MACs."""
+
+    groups: list[Group]
+    solutions: dict[str, Solution]
+    params: int
+    macs: int
+
+
+def solve(pipe: DiffusionPipeline, statistics: StatisticsFile, wanted: Sequence[Options]) -> Solved:
+    """Solve every group for options that differ in their budget only. See `compress` for what is raised."""
+    unet, recipe, method = pipe.unet, statistics.recipe, METHODS[wanted[0].method]
+    method.check(wanted[0].method, recipe.baselines)
     size = recipe.height // pipe.vae_scale_factor, recipe.width // pipe.vae_scale_factor
     text_tokens = pipe.tokenizer.model_max_length
-    groups = find_groups(unet, token_counts(unet, size, text_tokens), options.kinds or ())
+    groups = find_groups(unet, token_counts(unet, size, text_tokens), _kinds(method, wanted[0]))
     params = sum(parameter.numel() for parameter in unet.parameters())
-    to_save = required(params, groups, options)
+    for options in wanted:
+        required(params, groups, options)
     solutions: dict[str, Solution] = {
         group.name: method.curve(Evidence(unet, group, lambda key: statistics.moments(key, unet.device)))
         for group in tqdm(groups, unit="group", disable=None, desc="solve")
     }
+    return Solved(groups, solutions, params, count(unet, size, text_tokens).total)
+
+
+def make_plan(
+    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, solved: Solved | None = None
+) -> tuple[Plan, dict[str, Solution]]:
+    """The decision, and the solutions it picks widths of; `solved` is made unless it is given. See `compress`."""
+    recipe, method = statistics.recipe, METHODS[options.method]
+    solved = solved or solve(pipe, statistics, [options])
+    groups, solutions, params, macs = solved.groups, solved.solutions, solved.params, solved.macs
+    options = replace(options, influence=options.influence or method.influence, kinds=_kinds(method, options))
+    to_save = required(params, groups, options)
     errors = _errors(pipe, groups, solutions, statistics, options)
     allocation = _allocate(groups, errors, to_save, options)
     widths = {group.name: allocation.widths[unit[0].name] for unit in units(groups, options) for group in unit}
@@ -74,7 +114,6 @@ def make_plan(
         solutions = solve_in_turn(pipe, groups, widths, recipe, lambda *seen: method.solve(Evidence(*seen)))
     is_final = options.influence in ("sampler", "noise")
     entries = tuple(_entry(g, widths[g.name], solutions[g.name], errors[g.name] if is_final else None) for g in groups)
-    macs = count(unet, size, text_tokens).total
     plan = Plan(
         budget=options.budget,
         of=options.of,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimdiff.linalg import pack, unpack
+from slimdiff.timesteps import TENTHS
 
 LEAF = 128
 """Width up to which one matrix product is faster than several."""
@@ -37,7 +38,8 @@ class Moments:
 
 
 class Gram:
-    """Centred products `Σ (x - m)(x - m)ᵀ`, mean m, (h, d), and token count n, of each head.
+    """Centred products `Σ (x - m)(x - m)ᵀ`, mean m, (h, d), and token count n, of each head; and the energy `Σ |x|²`,
+    not centred, of all heads in each tenth of the sampler's calls, (10,).
 
     `packed` holds the products' lower triangles, (h, d (d + 1) / 2). Products are kept centred, because a mean that is
     large beside the spread would drown it in rounding; batches are joined by the update of Chan, Golub & LeVeque
@@ -47,9 +49,10 @@ class Gram:
     def __init__(self, width: int, heads: int = 1, device: torch.device | str = "cpu") -> None:
         self.packed = torch.zeros(heads, width * (width + 1) // 2, dtype=torch.float64, device=device)
         self.mean = torch.zeros(heads, width, dtype=torch.float64, device=device)
+        self.energy = torch.zeros(TENTHS, dtype=torch.float64, device=device)
         self.count: float = 0
 
-    def add(self, x: Tensor, weight: float = 1.0) -> None:
+    def add(self, x: Tensor, weight: float = 1.0, tenth: int = 0) -> None:
         """Add tokens `x`, (..., h * d), of any floating dtype, each of which counts as `weight` tokens."""
         heads, width = self.mean.shape
         rows = x.reshape(-1, heads, width).transpose(0, 1).float()
@@ -57,12 +60,15 @@ class Gram:
         rows = rows - mean
         with _tensor_cores():
             products = _products(rows)
+        spread = products.diagonal(dim1=1, dim2=2).double().sum()
+        self.energy[tenth] += weight * (spread + rows.shape[1] * mean.double().square().sum())
         self._join(products if weight == 1 else weight * products, mean[:, 0], weight * rows.shape[1])
 
     def merge(self, other: Gram) -> None:
         """Add the tokens of another, on whatever device."""
         products = unpack(other.packed.to(self.packed.device), self.mean.shape[1])
         self._join(products, other.mean.to(self.mean.device), other.count)
+        self.energy += other.energy.to(self.energy.device)
 
     def _join(self, products: Tensor, mean: Tensor, count: float) -> None:
         """`products`, (h, d, d), is overwritten."""

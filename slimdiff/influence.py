@@ -59,6 +59,12 @@ class Point:
     local: float
     errors: tuple[float, ...]
 
+    def final(self, quantile: float = 0.75) -> float:
+        """Over prompts (of two values the lower): below the highest, so that one prompt that flips does not decide, and
+        above the median, so that sensitive prompts count."""
+        errors = torch.tensor(self.errors, dtype=torch.float64)
+        return float(errors.quantile(quantile, interpolation="lower"))
+
 
 Points = dict[str, dict[int, Point]]
 """By group and width."""
@@ -75,15 +81,13 @@ class Influence:
     def final_errors(self, group: Group, solution: Solution, quantile: float = 0.75) -> Tensor:
         """Predicted final error at every width 0..d, (d + 1,), float64: 0 at full width, never falling with less width.
 
-        Over prompts the `quantile` is taken (of two values the lower): below the highest, so that one prompt that flips
-        does not decide, and above the median, so that sensitive prompts count. As a function of the local error,
-        the final error is a power law between two probed points (log against log) and proportional outside. Points lost
-        in rounding do not count; without any, the group has no influence.
+        Over prompts the `quantile` is taken (see `Point.final`). As a function of the local error, the final error is a
+        power law between two probed points (log against log) and proportional outside. Points lost in rounding do not
+        count; without any, the group has no influence.
         """
         known: dict[float, float] = {}
         for point in self.points[group.name].values():
-            errors = torch.tensor(point.errors, dtype=torch.float64)
-            final = float(errors.quantile(quantile, interpolation="lower"))
+            final = point.final(quantile)
             if point.local >= FLOOR and final > LOST:
                 known[point.local] = max(final, known.get(point.local, 0.0))
         local = solution.error.double().cpu()
@@ -259,7 +263,7 @@ def probed(
     """
     settings = f"{kind} {method}, {_available(states, prompts)} prompts"
     settings += f", {steps} steps" if kind == "sampler" else ""
-    points = _read(path, statistics).get(settings, {})
+    points = read_cache(path, statistics).get(settings, {})
     kept, new = time.monotonic(), False
 
     def write() -> None:
@@ -283,7 +287,7 @@ def probed(
             write()
 
 
-def _read(path: Path, statistics: str) -> dict[str, Points]:
+def read_cache(path: Path, statistics: str) -> dict[str, Points]:
     """The points in a cache, by settings: none if it is missing, damaged, or of other statistics."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -306,7 +310,7 @@ def _point(local: float, errors: list[float]) -> Point:
 
 def _write(path: Path, statistics: str, settings: str, points: Points) -> None:
     """Put the points of one run into the cache, beside those of other runs."""
-    runs = {**_read(path, statistics), settings: points}
+    runs = {**read_cache(path, statistics), settings: points}
     data = {
         name: {group: {width: asdict(point) for width, point in widths.items()} for group, widths in run.items()}
         for name, run in runs.items()

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from slimdiff.errors import SlimdiffError
+from slimdiff.errors import OutputError, SlimdiffError
 
 ROOT = Path("slimdiff-out")
+PLAN = Path("slimdiff", "plan.json")
+"""Of a slim checkpoint, in its folder."""
 
 
 def statistics_path(model: str) -> Path:
     return ROOT / model / "statistics.safetensors"
 
 
-def slim_path(statistics: Path, budget: float, of: str, method: str) -> Path:
-    """Beside the statistics: `slim-0.35`, with what is unusual about it behind, as in `slim-0.35-macs-svd`."""
-    usual = ("groups", "slimdiff")
-    return statistics.parent / "-".join(["slim", f"{budget:g}", *(part for part in (of, method) if part not in usual)])
+def slim_paths(statistics: Path, budgets: Sequence[float], of: str, method: str, output: Path | None) -> list[Path]:
+    """Where the checkpoint of each budget goes: beside the statistics, as `slim-0.35` with what is unusual about it
+    behind (`slim-0.35-macs-svd`), or to `output`, which is a folder for all of them where there are several.
+
+    Raises OutputError if several cannot go there.
+    """
+    if output is not None and len(budgets) == 1:
+        return [output]
+    if output is not None and output.exists() and (not output.is_dir() or (output / PLAN).exists()):
+        what = "a slim checkpoint" if output.is_dir() else "a file"
+        raise OutputError(
+            f"{output} is {what}. With several budgets, -o names a folder in which each gets its own: pass another, or "
+            "leave -o out."
+        )
+    unusual = [part for part in (of, method) if part not in ("groups", "slimdiff")]
+    return [(output or statistics.parent) / "-".join(["slim", f"{budget:g}", *unusual]) for budget in budgets]
 
 
 def report_path(slim: Path) -> Path:
@@ -29,7 +43,7 @@ def newest_statistics() -> Path:
 
 
 def newest_slim() -> Path:
-    plans = ROOT.glob("*/slim-*/slimdiff/plan.json")
+    plans = ROOT.glob(f"*/slim-*/{PLAN.as_posix()}")
     return _newest(plans, "slim checkpoint", "slimdiff compress --budget 0.35").parent.parent
 
 

@@ -70,6 +70,6 @@ def _moments(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -
         chosen = range(start, min(start + BATCH, prompts))
         clock = Clock(shares)
         canvas = canvases(pipe, recipe, chosen)
-        with captured(pipe.unet, groups, grams, clock.weight):
+        with captured(pipe.unet, groups, grams, clock):
             paint(pipe, recipe, chosen, clock.tick, canvas=canvas)
     return lambda key: grams[key].moments()

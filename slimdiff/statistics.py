@@ -1,9 +1,9 @@
 """The statistics file: what calibration hands to compression. One safetensors file, each tensor with its checksum.
 
-Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`, and
-`states.*` (see `states.py`). Products are float32, in an unfinished file float64. The metadata's `slimdiff` entry is
-one JSON object: format version, model reference and fingerprint, recipe, number of prompts done, token counts, library
-versions, checksums.
+Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`,
+`.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`). Products are float32, in an
+unfinished file float64. The metadata's `slimdiff` entry is one JSON object: format version, model reference and
+fingerprint, recipe, number of prompts done, token counts, library versions, checksums.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Statistics:
         dtype = torch.float32 if self.done == len(self.recipe.prompts) else torch.float64
         tensors = {f"{key}.products": gram.packed.to("cpu", dtype) for key, gram in self.grams.items()}
         tensors |= {f"{key}.mean": gram.mean.cpu() for key, gram in self.grams.items()}
+        tensors |= {f"{key}.energy": gram.energy.cpu() for key, gram in self.grams.items()}
         tensors |= {f"states.{name}": tensor.contiguous() for name, tensor in self.states.tensors().items()}
         metadata = {
             "format": FORMAT,
@@ -158,6 +159,8 @@ class StatisticsFile:
         gram.packed = self.tensor(f"{key}.products").to(device).double()
         gram.mean = mean.to(device)
         gram.count = self.metadata["tokens"][key]
+        if f"{key}.energy" in self.metadata["checksums"]:  # files of format 2 did not always hold it
+            gram.energy = self.tensor(f"{key}.energy").to(device)
         return gram
 
     def moments(self, key: str, device: torch.device | str = "cpu") -> Moments:

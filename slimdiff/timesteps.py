@@ -12,6 +12,10 @@ Weighting = Literal["uniform", "decreasing", "sigma"]
 WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
+TENTHS = 10
+"""Parts of a sampler's run whose energies are told apart."""
+
+
 @dataclass
 class Clock:
     """Which of a batch's UNet calls is running, and how much its tokens count."""
@@ -25,6 +29,10 @@ class Clock:
 
     def weight(self) -> float:
         return self.weights[self.call]
+
+    def tenth(self) -> int:
+        """Of all calls, first to last, the tenth that this one belongs to: 0..9."""
+        return TENTHS * self.call // len(self.weights)
 
 
 def weights(weighting: str, scheduler: Any) -> list[float]:

@@ -26,14 +26,15 @@ LAYERS = (
     {"allocate", "commands.parameters", "files", "groups", "linalg", "measured", "options", "outputs", "plan", "recipe",
      "single_file", "source"},
     {"gram", "lora"},
-    {"capture", "checkpoint", "pipeline", "refine", "report.results", "report.svg", "solve.ffn", "solve.heads",
-     "solve.linear", "solve.qk", "solve.selection", "solve.vo", "solve.whitening", "statistics", "surgery", "timing",
-     "widths"},
+    {"capture", "checkpoint", "pipeline", "refine", "report.document", "report.results", "report.svg", "report.unet",
+     "solve.ffn", "solve.heads", "solve.linear", "solve.qk", "solve.selection", "solve.vo", "solve.whitening",
+     "statistics", "surgery", "timing", "widths"},
     {"inpainting"},
-    {"calibrate", "influence", "methods", "report.page", "sequential"},
-    {"compress", "fidelity"},
-    {"bench"},
-    {"commands.bench", "commands.calibrate", "commands.compress", "commands.lora"},
+    {"calibrate", "influence", "methods", "report.comparison", "report.of_plan", "sequential", "spectra"},
+    {"compress", "fidelity", "report.of_statistics", "report.page"},
+    {"bench", "inspection"},
+    {"commands.bench", "commands.calibrate", "commands.compare", "commands.compress", "commands.inspect",
+     "commands.lora"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip
@@ -137,7 +138,7 @@ def test_importing_and_asking_for_help_load_nothing_heavy():
     code = """
 import runpy, sys
 import slimdiff, slimdiff.cli
-for arguments in (["--help"], ["--version"], *([c, "--help"] for c in ("calibrate", "compress", "bench"))):
+for arguments in (["--help"], ["--version"], *([c, "--help"] for c in slimdiff.cli.main.commands)):
     sys.argv = ["slimdiff", *arguments]
     try:
         runpy.run_module("slimdiff", run_name="__main__")

@@ -160,6 +160,43 @@ def test_existing_output_needs_force(statistics, tmp_path):
     assert (tmp_path / "slim/slimdiff/plan.json").read_text() != before
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_several_budgets_give_what_each_gives_alone_and_solve_once(statistics, tmp_path, monkeypatch):
+    from slimdiff.methods import Method
+
+    solved = []
+    curve = Method.curve
+    monkeypatch.setattr(Method, "curve", lambda self, on: solved.append(on.group.name) or curve(self, on))
+    probing = ["--probe-prompts", 1, "--probe-steps", 1, "--device", "cpu"]
+    out = run("compress", statistics, "--budget", "0.45, 0", *probing, "-o", tmp_path / "all")
+    assert len(solved) == len(set(solved)) > 0
+    assert out.count("achieved") == 2 and out.count("slim checkpoint,") == 2
+    assert {p.name for p in (tmp_path / "all").iterdir()} == {"slim-0.45", "slim-0"}
+    for budget in ("0.45", "0"):
+        run("compress", statistics, "--budget", budget, *probing, "-o", tmp_path / budget)
+        assert contents(tmp_path / budget) == contents(tmp_path / f"all/slim-{budget}")
+
+
+def test_several_budgets_are_checked_before_any_is_begun(statistics, tmp_path):
+    compress(statistics, "--budget", 0.2, "-o", tmp_path / "all/slim-0.2")
+    before = contents(tmp_path)
+    out = compress(statistics, "--budget", "0.1,0.2", "-o", tmp_path / "all", code=1)
+    assert "slim-0.2 exists" in out and "--force" in out
+    out = compress(statistics, "--budget", "0.1,0.3", "-o", tmp_path / "all/slim-0.2", code=1)
+    assert "is a slim checkpoint" in out and "several budgets" in out
+    (tmp_path / "file").write_text("")
+    assert "is a file" in compress(statistics, "--budget", "0.1,0.3", "-o", tmp_path / "file", code=1)
+    (tmp_path / "file").unlink()
+    out = compress(statistics, "--budget", "0.1,0.99", "-o", tmp_path / "new", code=1)
+    assert "The most for this model is --budget" in out
+    assert "0.1 is there twice" in compress(statistics, "--budget", "0.1,0.10", code=2)
+    assert "'x' is not a share" in compress(statistics, "--budget", "0.1,x", code=2)
+    assert contents(tmp_path) == before
+
+
 def test_unwritable_output(statistics, here):
     Path("file").write_text("")
     assert "file" in compress(statistics, "-o", "file/slim", code=1)

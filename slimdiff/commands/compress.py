@@ -8,13 +8,19 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import GROUPS, PATH, SHARE, command, model_options, say
+from slimdiff.commands.parameters import GROUPS, PATH, SHARES, command, model_options, say
 from slimdiff.options import INFLUENCES, METHODS
 
 
 @click.command()
 @click.argument("statistics", required=False, type=PATH)
-@click.option("--budget", type=SHARE, default=0.35, help="Share to remove, at least 0, below 1.")
+@click.option(
+    "--budget",
+    "budgets",
+    type=SHARES,
+    default="0.35",
+    help="Share to remove, at least 0, below 1; several, as in 0.2,0.35,0.5, give a checkpoint each.",
+)
 @click.option(
     "--budget-of",
     "of",
@@ -70,10 +76,17 @@ from slimdiff.options import INFLUENCES, METHODS
 @model_options
 @click.option("--dry-run", is_flag=True, help="Print the plan, group by group, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing slim checkpoint.")
-@click.option("-o", "--output", type=PATH, help="Slim checkpoint.  [default: slim-<budget> beside the statistics]")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    help="Slim checkpoint, or with several budgets the folder for their slim-<budget>.  [default: slim-<budget> beside "
+    "the statistics]",
+)
 @command
 def compress(
     statistics: Path | None,
+    budgets: tuple[float, ...],
     model: str | None,
     device: str,
     dtype: str,
@@ -90,18 +103,17 @@ def compress(
     diffusers, also where slimdiff is not installed.
     """
     from slimdiff import checkpoint, pipeline, source
-    from slimdiff.compress import Options
-    from slimdiff.compress import compress as run
+    from slimdiff.compress import Options, sweep
     from slimdiff.statistics import StatisticsFile
 
     if statistics is None:
         statistics = outputs.newest_statistics()
         say(f"statistics: {statistics}")
     file = StatisticsFile(statistics)
-    options = Options(**choices)
-    output = output or outputs.slim_path(statistics, options.budget, options.of, options.method)
-    if not dry_run:
-        checkpoint.check_output(output, force)
+    options = Options(budgets[0], **choices)
+    folders = outputs.slim_paths(statistics, budgets, options.of, options.method, output)
+    for folder in () if dry_run else folders:
+        checkpoint.check_output(folder, force)
     on = pipeline.device_of(device)
     kept = file.model_options if model is None else {}
     dense = source.find(model or file.model, **kept | ({"variant": variant} if variant else {}))
@@ -109,16 +121,16 @@ def compress(
     stored = source.stored_dtype(dense)
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
-    slim, plan = run(pipe.to(on), file, options)
-    click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
-    if dry_run:
-        return
     written = stored if dtype == "auto" else pipeline.dtype_of(dtype, on)
-    for part in (slim, pipe) if dense.folder is None else (slim,):
-        part.to(written)
-    checkpoint.write(
-        output, slim.to("cpu"), pipe.to("cpu"), plan.to_json(), dense.folder, dense.variant, force, bool(dense.loras),
-        replaced=dense.options.keys() & {"vae"},
-    )  # fmt: skip
-    click.echo(f"{output}: slim checkpoint, {checkpoint.size_in_bytes(output) / 1e6:.1f} MB of UNet weights")
-    say("next: slimdiff bench")
+    for folder, (slim, plan) in zip(folders, sweep(pipe.to(on), file, options, budgets), strict=True):
+        click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
+        if not dry_run:
+            checkpoint.write(
+                folder, slim.to(written), pipe, plan.to_json(), dense.folder, dense.variant, force, bool(dense.loras),
+                replaced=dense.options.keys() & {"vae"},
+            )  # fmt: skip
+            click.echo(f"{folder}: slim checkpoint, {checkpoint.size_in_bytes(folder) / 1e6:.1f} MB of UNet weights")
+        if folder != folders[-1]:
+            click.echo()
+    if not dry_run:
+        say("next: slimdiff bench" if len(folders) == 1 else "next: slimdiff bench of each, then slimdiff compare")

@@ -43,6 +43,13 @@ def _share(text: str) -> float:
     return share
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    shares = tuple(_share(part.strip()) for part in text.split(","))
+    if twice := [share for share in shares if shares.count(share) > 1]:
+        raise ValueError(f"{twice[0]:g} is there twice.")
+    return shares
+
+
 def _kinds(text: str) -> tuple[str, ...]:
     kinds = tuple(part.strip() for part in text.split(","))
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -64,7 +71,7 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-SHARE, GROUPS, SIZES = Parsed("share", _share), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
+SHARES, GROUPS, SIZES = Parsed("shares", _shares), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
 LORA = Parsed("file[:scale]", _lora)
 
 

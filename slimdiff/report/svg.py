@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 
-from slimdiff.plan import Entry
 from slimdiff.report.wording import percent
 
-KINDS = {
-    "qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward", "heads": "Heads", "linear": "Matrices",
-}  # fmt: skip
-PARTS = ("down", "mid", "up")
+MARKS = 7
+"""Most marks along an axis."""
 
 
 def drawing(width: float, height: float, content: str, label: str) -> str:
@@ -32,15 +30,59 @@ def path(points: Sequence[tuple[float, float]], style: str, closed: bool = False
     return f'<path d="M{steps}{"Z" if closed else ""}" class="{style}"/>'
 
 
+def dot(x: float, y: float, style: str) -> str:
+    """A line of no length with round ends: it stays round in a drawing that is stretched."""
+    return f'<path d="M{x:.2f} {y:.2f}h0" class="dot {style}"/>'
+
+
 def hover(content: str, text: str) -> str:
     return f"<g><title>{escape(text)}</title>{content}</g>"
 
 
-def frame(svg: str, up: Sequence[tuple[float, str]], along: str, up_title: str, along_title: str, height: int) -> str:
-    """A drawing with its axes. `up` are marks by their height in [0, 1]; `along` is what stands under it."""
-    marks = "".join(f'<span style="bottom:{100 * y:.2f}%">{escape(text)}</span>' for y, text in up)
-    lines = "".join(f'<i style="bottom:{100 * y:.2f}%"></i>' for y, _ in up)
-    title = f'<div class="up-title">{escape(up_title)}</div>' if up_title else ""
+@dataclass(frozen=True)
+class Axis:
+    """Values between `low` and `high`, in equal steps or, if `logarithmic`, in equal ratios; `marks` are lettered."""
+
+    title: str
+    low: float
+    high: float
+    marks: tuple[tuple[float, str], ...]
+    logarithmic: bool = False
+
+    @staticmethod
+    def decades(title: str, values: Sequence[float], show: Callable[[float], str]) -> Axis:
+        """Powers of ten around the values that are positive and finite, at least one decade."""
+        shown = [value for value in values if 0 < value < math.inf] or [1.0]
+        low = math.floor(math.log10(min(shown)))
+        powers = range(low, max(math.ceil(math.log10(max(shown))), low + 1) + 1)
+        marks = [(10.0**p, show(10.0**p)) for p in powers[:: math.ceil(len(powers) / MARKS)]]
+        return Axis(title, 10.0 ** powers[0], 10.0 ** powers[-1], tuple(marks), logarithmic=True)
+
+    @staticmethod
+    def even(title: str, low: float, high: float, show: Callable[[float], str]) -> Axis:
+        """Round numbers around a range: steps of 1, 2 or 5 times a power of ten."""
+        least = (high - low or abs(high) or 1) / (MARKS - 2)
+        power = 10.0 ** math.floor(math.log10(least))
+        step = power * next(round_one for round_one in (1, 2, 5, 10) if round_one * power >= least * (1 - 1e-9))
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        last = max(last, first + 1)
+        marks = [(i * step, show(i * step)) for i in range(first, last + 1)]
+        return Axis(title, first * step, last * step, tuple(marks))
+
+    def place(self, value: float) -> float:
+        """Where a value lies, in [0, 1]; what is beyond the axis lies at its end."""
+        value = min(max(value, self.low), self.high)
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def frame(svg: str, up: Axis, along: str, along_title: str = "", height: int = 240) -> str:
+    """A drawing with its axes. `along` is what stands under it."""
+    places = [(100 * up.place(value), text) for value, text in up.marks]
+    marks = "".join(f'<span style="bottom:{y:.2f}%">{escape(text)}</span>' for y, text in places)
+    lines = "".join(f'<i style="bottom:{y:.2f}%"></i>' for y, _ in places)
+    title = f'<div class="up-title">{escape(up.title)}</div>' if up.title else ""
     under = f'<div class="along-title">{escape(along_title)}</div>' if along_title else ""
     return (
         f'{title}<div class="plot"><div class="up" style="height:{height}px">{marks}</div>'
@@ -48,10 +90,40 @@ def frame(svg: str, up: Sequence[tuple[float, str]], along: str, up_title: str, 
     )
 
 
-def decades(smallest: float, largest: float) -> list[int]:
-    """Powers of ten around a range, at least one decade."""
-    low, high = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
-    return list(range(low, max(high, low + 1) + 1))
+def letters(marks: Sequence[tuple[float, str]]) -> str:
+    """What stands under a plot, by its place in [0, 1]."""
+    spans = "".join(
+        f'<span style="left:{100 * x:.2f}%"{" class=end" if x == 1 else ""}>{escape(text)}</span>' for x, text in marks
+    )
+    return f'<div class="marks">{spans}</div>'
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y), each with what is said of it when pointed at (one text for all of them if `dots` is off).
+
+    `style` is a class of the page's style. The points are joined by a line unless `line` is off.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    texts: tuple[str, ...]
+    style: str
+    line: bool = True
+    dots: bool = True
+
+
+def chart(series: Sequence[Series], along: Axis, up: Axis, height: int = 240) -> str:
+    """Lines and dots over two axes; what lies beyond an axis is drawn at its end."""
+    drawn = []
+    for one in series:
+        places = [(100 * along.place(x), 100 * (1 - up.place(y))) for x, y in one.points]
+        if one.line:
+            line = path(places, f"line {one.style}")
+            drawn.append(line if one.dots else hover(line, one.texts[0]))
+        if one.dots:
+            drawn += [hover(dot(*at, one.style), text) for at, text in zip(places, one.texts, strict=True)]
+    svg = drawing(100, 100, "".join(drawn), f"{up.title} against {along.title}")
+    return frame(svg, up, letters([(along.place(x), text) for x, text in along.marks]), along.title, height)
 
 
 def error_plot(timesteps: Sequence[float], median: Sequence[float], upper: Sequence[float]) -> str:
@@ -59,18 +131,11 @@ def error_plot(timesteps: Sequence[float], median: Sequence[float], upper: Seque
 
     Errors of zero lie on the floor, infinite ones on the ceiling.
     """
-    shown = [e for e in (*median, *upper) if 0 < e < math.inf]
-    if not shown:
+    if not any(0 < error < math.inf for error in (*median, *upper)):
         return '<p class="empty">No error at any step: the predictions are equal.</p>'
-    powers = decades(min(shown), max(shown))
-    low, high = powers[0], powers[-1]
-
-    def y(error: float) -> float:
-        place = math.log10(min(max(error, 10.0**low), 10.0**high))
-        return 100 * (high - place) / (high - low)
-
+    up = Axis.decades("relative squared error, logarithmic", [*median, *upper], percent_power)
     n = len(timesteps)
-    line, top = ([(i + 0.5, y(e)) for i, e in enumerate(errors)] for errors in (median, upper))
+    line, top = ([(i + 0.5, 100 * (1 - up.place(e))) for i, e in enumerate(errors)] for errors in (median, upper))
     strips = "".join(
         hover(rectangle(i, 0, 1, 100, "strip"), f"timestep {t:.0f}: median {percent(m)}, 9 in 10 within {percent(u)}")
         for i, (t, m, u) in enumerate(zip(timesteps, median, upper, strict=True))
@@ -79,50 +144,25 @@ def error_plot(timesteps: Sequence[float], median: Sequence[float], upper: Seque
         n, 100, path([*line, *top[::-1]], "band", closed=True) + path(top, "edge") + path(line, "median") + strips,
         "Guided noise error by timestep",
     )  # fmt: skip
-    every = math.ceil(len(powers) / 7)
-    up = [((p - low) / (high - low), f"{10.0 ** (p + 2):g}%") for p in powers[::every]]
-    along = "".join(
-        f'<span style="left:{100 * (i + 0.5) / n:.2f}%">{timesteps[i]:.0f}</span>'
-        for i in sorted({round(k * (n - 1) / 4) for k in range(5)})
+    shown = sorted({round(k * (n - 1) / 4) for k in range(5)})
+    along = letters([((i + 0.5) / n, f"{timesteps[i]:.0f}") for i in shown])
+    return frame(svg, up, along, "timestep, from noise to picture")
+
+
+def power(number: float) -> str:
+    """A power of ten as people write it: 0.001, 100, 10⁻⁵."""
+    exponent = round(math.log10(number))
+    return (
+        f"{number:g}"
+        if abs(exponent) < 4
+        else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     )
-    title = "timestep, from noise to picture"
-    return frame(svg, up, f'<div class="marks">{along}</div>', "relative squared error, logarithmic", title, 240)
 
 
-def part_of(group: str) -> str:
-    """Where in the UNet a group is: "down", "mid" or "up"; the first part of its name elsewhere."""
-    return next((part for part in PARTS if group.startswith(part)), group.partition(".")[0])
+def percent_power(share: float) -> str:
+    """A power of ten as a percentage: 0.0001 -> "0.01%"."""
+    return f"{power(100 * share)}%"
 
 
-def width_plots(entries: Sequence[Entry]) -> str:
-    """A bar for each group: the width it keeps, before its full width; one panel a kind, in the order of the UNet."""
-    panels = []
-    for kind in dict.fromkeys(entry.kind for entry in entries):
-        here = [entry for entry in entries if entry.kind == kind]
-        names = [part for part in PARTS if any(part_of(e.group) == part for e in here)]
-        names += [part for part in dict.fromkeys(part_of(e.group) for e in here) if part not in names]
-        parts = {name: [e for e in here if part_of(e.group) == name] for name in names}
-        panels.append(_widths(KINDS.get(kind, kind), parts))
-    return "".join(panels)
-
-
-def _widths(title: str, parts: Mapping[str, Sequence[Entry]]) -> str:
-    gap = max(0.6, 0.02 * sum(map(len, parts.values())))
-    x, bars = 0.0, []
-    for entries in parts.values():
-        for e in entries:
-            share = 100 * e.rank / e.width
-            text = f"{e.group}\nwidth {e.width} to {e.rank} ({share:.0f}%)\nlocal error {percent(e.local_error)}"
-            if e.final_error is not None:
-                text += f"\npredicted in the picture {percent(e.final_error)}"
-            bar = rectangle(x + 0.1, 0, 0.8, 100, "full") + rectangle(x + 0.1, 100 - share, 0.8, share, "kept")
-            bars.append(hover(bar, text))
-            x += 1
-        x += gap
-    svg = drawing(x - gap, 100, "".join(bars), f"Widths kept: {title}")
-    spacer = f'<span style="flex:{gap:g} 1 0"></span>'
-    along = spacer.join(f'<span style="flex:{len(e)} 1 0">{escape(name)}</span>' for name, e in parts.items())
-    width, rank = (sum(getattr(e, of) for entries in parts.values() for e in entries) for of in ("width", "rank"))
-    kept = f"{rank / width:.0%} of all widths kept" if rank < width else "not cut"
-    plot = frame(svg, [(0, "0"), (0.5, "50%"), (1, "100%")], f'<div class="parts">{along}</div>', "", "", 120)
-    return f"<h3>{escape(title)} <small>{kept}</small></h3>{plot}"
+def percents(share: float) -> str:
+    return f"{100 * share:g}%"
