@@ -16,6 +16,9 @@ from slimdiff.report.wording import Row, columns, count, percent
 from slimdiff.spectra import Spectrum
 from slimdiff.timesteps import TENTHS
 
+ABOUT = ("format", "model", "model_options", "fingerprint", "recipe", "done")
+"""What of the metadata is shown."""
+
 STATISTICS = {
     "q": "Queries", "k": "Keys, centred over each picture", "z": "Head outputs", "g": "Hidden units, guided",
     "u": "Hidden units", "x": "Inputs of layers", "c": "Text",
@@ -88,7 +91,7 @@ class StatisticsView:
     def to_json(self) -> dict[str, Any]:
         return {
             "what": "statistics",
-            **{name: self.metadata[name] for name in ("format", "model", "variant", "fingerprint", "recipe", "done")},
+            **{name: self.metadata[name] for name in ABOUT},
             "statistics": {
                 s.key: {
                     "heads": s.heads, "width": s.width, "tokens": s.tokens, "effective_rank": s.effective_rank,
@@ -155,7 +158,7 @@ class StatisticsView:
         recipe = {
             name: value for name, value in self.metadata["recipe"].items() if name not in ("prompts", "negatives")
         }
-        named = ("model", "variant", "fingerprint", "versions")
+        named = ("model", "model_options", "fingerprint", "versions")
         return {**{name: self.metadata[name] for name in named}, "recipe": recipe}
 
     def _panels(self, panel: Callable[[Sequence[Spectrum]], str]) -> str:
