@@ -9,6 +9,7 @@ from slimdiff.commands.bench import bench
 from slimdiff.commands.calibrate import calibrate
 from slimdiff.commands.compress import compress
 from slimdiff.commands.lora import lora
+from slimdiff.commands.profile import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, lora):
+for _command in (calibrate, compress, bench, lora, profile):
     main.add_command(_command)

@@ -14,10 +14,19 @@ def statistics_path(model: str) -> Path:
     return ROOT / model / "statistics.safetensors"
 
 
-def slim_path(statistics: Path, budget: float, of: str, method: str) -> Path:
-    """Beside the statistics: `slim-0.35`, with what is unusual about it behind, as in `slim-0.35-macs-svd`."""
-    usual = ("groups", "slimdiff")
-    return statistics.parent / "-".join(["slim", f"{budget:g}", *(part for part in (of, method) if part not in usual)])
+def latency_path(folder: Path) -> Path:
+    """Beside the statistics: it serves all of them there."""
+    return folder / "latency.json"
+
+
+def amount(budget: float, of: str) -> str:
+    """A budget in a path's name: `0.35`, or `0.35-macs`."""
+    return f"{budget:g}" if of == "groups" else f"{budget:g}-{of}"
+
+
+def slim_path(statistics: Path, amount: str, method: str) -> Path:
+    """Beside the statistics: `slim-0.35`, `slim-1.3x`, with an unusual method behind, as in `slim-0.35-macs-svd`."""
+    return statistics.parent / "-".join(["slim", amount, *([method] if method != "slimdiff" else [])])
 
 
 def report_path(slim: Path) -> Path:

@@ -25,15 +25,15 @@ LAYERS = (
     {"families"},
     {"allocate", "commands.parameters", "files", "groups", "linalg", "measured", "options", "outputs", "plan", "recipe",
      "single_file", "source"},
-    {"gram", "lora"},
+    {"gram", "latency", "lora"},
     {"capture", "checkpoint", "pipeline", "refine", "report.results", "report.svg", "solve.ffn", "solve.heads",
      "solve.linear", "solve.qk", "solve.selection", "solve.vo", "solve.whitening", "statistics", "surgery", "timing",
      "widths"},
     {"inpainting"},
-    {"calibrate", "influence", "methods", "report.page", "sequential"},
+    {"calibrate", "influence", "methods", "profile", "report.page", "sequential"},
     {"compress", "fidelity"},
     {"bench"},
-    {"commands.bench", "commands.calibrate", "commands.compress", "commands.lora"},
+    {"commands.bench", "commands.calibrate", "commands.compress", "commands.lora", "commands.profile"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip
@@ -137,7 +137,7 @@ def test_importing_and_asking_for_help_load_nothing_heavy():
     code = """
 import runpy, sys
 import slimdiff, slimdiff.cli
-for arguments in (["--help"], ["--version"], *([c, "--help"] for c in ("calibrate", "compress", "bench"))):
+for arguments in (["--help"], ["--version"], *([c, "--help"] for c in ("calibrate", "compress", "bench", "profile"))):
     sys.argv = ["slimdiff", *arguments]
     try:
         runpy.run_module("slimdiff", run_name="__main__")

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slimdiff import outputs
 from slimdiff.commands.parameters import GROUPS, PATH, SHARE, command, model_options, say
-from slimdiff.options import INFLUENCES, METHODS
+from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
+
+if TYPE_CHECKING:
+    from slimdiff.groups import Group
+    from slimdiff.latency import Table
 
 
 @click.command()
 @click.argument("statistics", required=False, type=PATH)
-@click.option("--budget", type=SHARE, default=0.35, help="Share to remove, at least 0, below 1.")
+@click.option("--budget", type=SHARE, help="Share to remove, at least 0, below 1.  [default: 0.35]")
 @click.option(
     "--budget-of",
     "of",
-    type=click.Choice(["groups", "unet", "macs"]),
-    default="groups",
-    help="Share of what: the groups' parameters, the whole UNet's, or the groups' MACs.",
+    type=click.Choice(OFS),
+    help="Share of what: the groups' parameters, the whole UNet's, the groups' MACs, or the time of one UNet call on "
+    "this device.  [default: groups]",
+)
+@click.option("--speedup", type=float, help="How many times as fast a UNet call shall be, in the place of a budget.")
+@click.option(
+    "--latency",
+    type=PATH,
+    help="Table of 'slimdiff profile', also of another device.  [default: latency.json beside the statistics, measured "
+    "where it is missing or does not fit]",
 )
 @click.option(
     "--groups",
@@ -74,6 +86,10 @@ from slimdiff.options import INFLUENCES, METHODS
 @command
 def compress(
     statistics: Path | None,
+    budget: float | None,
+    of: Of | None,
+    speedup: float | None,
+    latency: Path | None,
     model: str | None,
     device: str,
     dtype: str,
@@ -89,17 +105,28 @@ def compress(
     shared out over all layers by how much each one's error moves the final picture. The result loads in plain
     diffusers, also where slimdiff is not installed.
     """
+    if speedup is not None and (budget is not None or of not in (None, "latency")):
+        raise click.UsageError("--speedup is a budget of its own, in time: leave --budget and --budget-of out.")
+    if latency is not None and speedup is None and of != "latency":
+        raise click.UsageError("--latency is for budgets in time: add --speedup 1.2, or --budget-of latency.")
     from slimdiff import checkpoint, pipeline, source
     from slimdiff.compress import Options
     from slimdiff.compress import compress as run
+    from slimdiff.latency import Table
+    from slimdiff.profile import cached, conditions_of
     from slimdiff.statistics import StatisticsFile
 
     if statistics is None:
         statistics = outputs.newest_statistics()
         say(f"statistics: {statistics}")
     file = StatisticsFile(statistics)
-    options = Options(**choices)
-    output = output or outputs.slim_path(statistics, options.budget, options.of, options.method)
+    if speedup is None:
+        options = Options(0.35 if budget is None else budget, of or "groups", **choices)
+        amount = outputs.amount(options.budget, options.of)
+    else:
+        options = Options(share_of(speedup), "latency", **choices)
+        amount = f"{speedup:g}x"
+    output = output or outputs.slim_path(statistics, amount, options.method)
     if not dry_run:
         checkpoint.check_output(output, force)
     on = pipeline.device_of(device)
@@ -109,7 +136,15 @@ def compress(
     stored = source.stored_dtype(dense)
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
-    slim, plan = run(pipe.to(on), file, options)
+
+    def times(units: Sequence[Sequence[Group]]) -> Table:
+        if latency is not None:
+            return Table.read(latency)
+        assert statistics is not None
+        conditions = conditions_of(pipe, file.recipe, 1, pipeline.dtype_of(dtype, on))
+        return cached(outputs.latency_path(statistics.parent), pipe, units, conditions, say)
+
+    slim, plan = run(pipe.to(on), file, options, times)
     click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
     if dry_run:
         return
