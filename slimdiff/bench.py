@@ -23,7 +23,7 @@ from slimdiff.fidelity import compare
 from slimdiff.inpainting import canvases
 from slimdiff.macs import count
 from slimdiff.measured import Settings, Size, Timing
-from slimdiff.pipeline import paint
+from slimdiff.pipeline import device_name, paint
 from slimdiff.plan import Plan
 from slimdiff.report.results import Report
 from slimdiff.timing import paired, peak_growth
@@ -163,7 +163,7 @@ def _provenance(pipe: DiffusionPipeline) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "precision": str(pipe.unet.dtype).removeprefix("torch."),
@@ -177,12 +177,3 @@ def _provenance(pipe: DiffusionPipeline) -> dict[str, Any]:
         },
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())

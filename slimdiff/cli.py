@@ -11,6 +11,7 @@ from slimdiff.commands.compare import compare
 from slimdiff.commands.compress import compress
 from slimdiff.commands.inspect import inspect
 from slimdiff.commands.lora import lora
+from slimdiff.commands.profile import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -33,5 +34,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, inspect, compare, lora):
+for _command in (calibrate, compress, bench, profile, inspect, compare, lora):
     main.add_command(_command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from diffusers import DiffusionPipeline
@@ -13,41 +13,52 @@ from slimdiff import __version__, influence
 from slimdiff.allocate import Allocation, allocate, level_out
 from slimdiff.errors import BudgetError
 from slimdiff.groups import Group, find_groups
+from slimdiff.latency import Table
 from slimdiff.macs import count, token_counts
 from slimdiff.methods import METHODS, Evidence, Method
 from slimdiff.options import Options
-from slimdiff.plan import Entry, Plan
+from slimdiff.plan import Entry, Forecast, Plan
+from slimdiff.profile import currency
 from slimdiff.refine import Refit, refine, refit_output
 from slimdiff.sequential import solve_in_turn
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.solution import Solution
 from slimdiff.statistics import StatisticsFile
 from slimdiff.surgery import build
-from slimdiff.widths import denominator, item, required, units
+from slimdiff.widths import Currency, counted, item, required, units
 
 __all__ = ["Options", "compress"]
 
+Times = Callable[[Sequence[Sequence[Group]]], Table]
+"""Units that share a width -> a table that knows how long their layers take."""
+
 
 def compress(
-    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options
+    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, times: Times | None = None
 ) -> tuple[SlimUNet2DConditionModel, Plan]:
     """The slim UNet and its plan; the pipeline's own UNet stays as it is. Runs on the pipeline's device.
+
+    `times` finds the latency table that a budget of latency needs, for the units that may be cut.
 
     Raises BudgetError if the budget cannot be met, StatisticsError if the statistics are damaged, empty, not finite, or
     lack what the method needs.
     """
-    return next(sweep(pipe, statistics, options, [options.budget]))
+    return next(sweep(pipe, statistics, options, [options.budget], times))
 
 
 def sweep(
-    pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, budgets: Sequence[float]
+    pipe: DiffusionPipeline,
+    statistics: StatisticsFile,
+    options: Options,
+    budgets: Sequence[float],
+    times: Times | None = None,
 ) -> Iterator[tuple[SlimUNet2DConditionModel, Plan]]:
     """What `compress` gives for each of several budgets, of which none is begun unless all can be met.
 
     Groups are solved once for all of them, and probed once. Raises what `compress` raises.
     """
     wanted = [replace(options, budget=budget) for budget in budgets]
-    solved = solve(pipe, statistics, wanted)
+    solved = solve(pipe, statistics, wanted, times)
     for one in wanted:
         yield _cut(pipe, statistics, one, solved)
 
@@ -73,29 +84,37 @@ def _cut(
 @dataclass(frozen=True)
 class Solved:
     """What does not depend on the budget: the groups to cut and their solutions, by name; of the UNet, the number of
-    parameters and the MACs."""
+    parameters and the MACs; what budgets are spent in, and the table of latencies where that is time."""
 
     groups: list[Group]
     solutions: dict[str, Solution]
     params: int
     macs: int
+    spent_in: Currency
+    table: Table | None
 
 
-def solve(pipe: DiffusionPipeline, statistics: StatisticsFile, wanted: Sequence[Options]) -> Solved:
+def solve(
+    pipe: DiffusionPipeline, statistics: StatisticsFile, wanted: Sequence[Options], times: Times | None = None
+) -> Solved:
     """Solve every group for options that differ in their budget only. See `compress` for what is raised."""
-    unet, recipe, method = pipe.unet, statistics.recipe, METHODS[wanted[0].method]
-    method.check(wanted[0].method, recipe.baselines)
+    unet, recipe, options = pipe.unet, statistics.recipe, wanted[0]
+    method = METHODS[options.method]
+    method.check(options.method, recipe.baselines)
     size = recipe.height // pipe.vae_scale_factor, recipe.width // pipe.vae_scale_factor
     text_tokens = pipe.tokenizer.model_max_length
-    groups = find_groups(unet, token_counts(unet, size, text_tokens), _kinds(method, wanted[0]))
+    groups = find_groups(unet, token_counts(unet, size, text_tokens), _kinds(method, options))
     params = sum(parameter.numel() for parameter in unet.parameters())
-    for options in wanted:
-        required(params, groups, options)
+    together = units(groups, options)
+    table = _table(together, options, times)
+    spent_in = currency(pipe, together, table) if table else counted(params, groups, options.of)
+    for one in wanted:
+        required(groups, one, spent_in)
     solutions: dict[str, Solution] = {
         group.name: method.curve(Evidence(unet, group, lambda key: statistics.moments(key, unet.device)))
         for group in tqdm(groups, unit="group", disable=None, desc="solve")
     }
-    return Solved(groups, solutions, params, count(unet, size, text_tokens).total)
+    return Solved(groups, solutions, params, count(unet, size, text_tokens).total, spent_in, table)
 
 
 def make_plan(
@@ -105,10 +124,11 @@ def make_plan(
     recipe, method = statistics.recipe, METHODS[options.method]
     solved = solved or solve(pipe, statistics, [options])
     groups, solutions, params, macs = solved.groups, solved.solutions, solved.params, solved.macs
+    spent_in, table = solved.spent_in, solved.table
     options = replace(options, influence=options.influence or method.influence, kinds=_kinds(method, options))
-    to_save = required(params, groups, options)
+    to_save = required(groups, options, spent_in)
     errors = _errors(pipe, groups, solutions, statistics, options)
-    allocation = _allocate(groups, errors, to_save, options)
+    allocation = _allocate(groups, errors, to_save, options, spent_in)
     widths = {group.name: allocation.widths[unit[0].name] for unit in units(groups, options) for group in unit}
     if method.sequential:
         solutions = solve_in_turn(pipe, groups, widths, recipe, lambda *seen: method.solve(Evidence(*seen)))
@@ -117,12 +137,13 @@ def make_plan(
     plan = Plan(
         budget=options.budget,
         of=options.of,
-        achieved=allocation.saved / denominator(params, groups, options.of),
+        achieved=allocation.saved / spent_in.whole,
         entries=entries,
         unet_params=(params, params - sum(e.params[0] - e.params[1] for e in entries)),
         unet_macs=(macs, macs - sum(e.macs[0] - e.macs[1] for e in entries)),
         predicted_error=allocation.error if options.influence == "sampler" else None,
         lower_bound=allocation.bound if options.influence == "sampler" else None,
+        latency=_forecast(table, allocation) if table else None,
         provenance={
             "slimdiff": __version__,
             "model": statistics.model,
@@ -169,9 +190,26 @@ def _errors(
     return {group.name: found.final_errors(group, solutions[group.name]) for group in groups}
 
 
-def _allocate(groups: Sequence[Group], errors: Mapping[str, Tensor], to_save: int, options: Options) -> Allocation:
+def _table(together: Sequence[Sequence[Group]], options: Options, times: Times | None) -> Table | None:
+    if options.of != "latency":
+        return None
+    if times is None:
+        raise BudgetError(
+            "A budget of latency needs to know how long layers take: pass `times`, which gives a latency table as "
+            "slimdiff.profile.profile makes it."
+        )
+    return times(together)
+
+
+def _forecast(table: Table, allocation: Allocation) -> Forecast:
+    return Forecast((table.call, table.call - 1e-9 * allocation.saved), asdict(table.conditions))
+
+
+def _allocate(
+    groups: Sequence[Group], errors: Mapping[str, Tensor], to_save: int, options: Options, spent_in: Currency
+) -> Allocation:
     together = units(groups, options)
-    items = [item(members, errors, options) for members in together]
+    items = [item(members, errors, options, spent_in) for members in together]
     if options.influence == "uniform":
         return level_out(items, to_save, [[cost / one.costs[0] for cost in one.costs] for one in items])
     if options.influence == "energy":

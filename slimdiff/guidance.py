@@ -15,3 +15,8 @@ def guided(x: Tensor, prompts: int, guidance_scale: float) -> Tensor:
         return x.float()
     negative, positive = x.float().chunk(2)
     return negative + guidance_scale * (positive - negative)
+
+
+def rows_per_prompt(guidance_scale: float) -> int:
+    """Rows of a UNet batch that one prompt takes: two with guidance, which a scale of at most 1 switches off."""
+    return 2 if guidance_scale > 1 else 1

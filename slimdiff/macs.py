@@ -25,19 +25,21 @@ class Macs:
         return self.total - self.core
 
 
-def meta_inputs(unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens: int) -> dict[str, Any]:
-    """Arguments of a forward pass of one sample on the meta device; `latent_size` is (height, width)."""
+def meta_inputs(
+    unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens: int, rows: int = 1
+) -> dict[str, Any]:
+    """Arguments of a forward pass on the meta device; `latent_size` is (height, width)."""
     config = unet.config
     inputs: dict[str, Any] = {
-        "sample": torch.empty(1, config.in_channels, *latent_size),
-        "timestep": torch.empty(1),
-        "encoder_hidden_states": torch.empty(1, text_tokens, config.cross_attention_dim),
+        "sample": torch.empty(rows, config.in_channels, *latent_size),
+        "timestep": torch.empty(rows),
+        "encoder_hidden_states": torch.empty(rows, text_tokens, config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, 6)}
     if config.time_cond_proj_dim is not None:
-        inputs["timestep_cond"] = torch.empty(1, config.time_cond_proj_dim)
+        inputs["timestep_cond"] = torch.empty(rows, config.time_cond_proj_dim)
     return inputs
 
 

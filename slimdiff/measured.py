@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimdiff.errors import SlimdiffError
+from slimdiff.guidance import rows_per_prompt
 from slimdiff.macs import Macs
 
 QUANTILES = (0.5, 0.9, 1.0)
@@ -53,8 +54,8 @@ class Settings:
 
     @property
     def rows_per_prompt(self) -> int:
-        """Rows of a UNet batch that one prompt takes: two with classifier-free guidance."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Rows of a UNet batch that one prompt takes."""
+        return rows_per_prompt(self.guidance_scale)
 
 
 def quantile(values: Iterable[float], q: float) -> float:

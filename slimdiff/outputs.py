@@ -16,13 +16,23 @@ def statistics_path(model: str) -> Path:
     return ROOT / model / "statistics.safetensors"
 
 
-def slim_paths(statistics: Path, budgets: Sequence[float], of: str, method: str, output: Path | None) -> list[Path]:
-    """Where the checkpoint of each budget goes: beside the statistics, as `slim-0.35` with what is unusual about it
-    behind (`slim-0.35-macs-svd`), or to `output`, which is a folder for all of them where there are several.
+def latency_path(folder: Path) -> Path:
+    """Beside the statistics: it serves all of them there."""
+    return folder / "latency.json"
+
+
+def amount(budget: float, of: str) -> str:
+    """A budget in a path's name: `0.35`, or `0.35-macs`."""
+    return f"{budget:g}" if of == "groups" else f"{budget:g}-{of}"
+
+
+def slim_paths(statistics: Path, amounts: Sequence[str], method: str, output: Path | None) -> list[Path]:
+    """Where the checkpoint of each amount goes: beside the statistics, as `slim-0.35` or `slim-1.3x`, with an unusual
+    method behind (`slim-0.35-macs-svd`), or to `output`, which is a folder for all of them where there are several.
 
     Raises OutputError if several cannot go there.
     """
-    if output is not None and len(budgets) == 1:
+    if output is not None and len(amounts) == 1:
         return [output]
     if output is not None and output.exists() and (not output.is_dir() or (output / PLAN).exists()):
         what = "a slim checkpoint" if output.is_dir() else "a file"
@@ -30,8 +40,8 @@ def slim_paths(statistics: Path, budgets: Sequence[float], of: str, method: str,
             f"{output} is {what}. With several budgets, -o names a folder in which each gets its own: pass another, or "
             "leave -o out."
         )
-    unusual = [part for part in (of, method) if part not in ("groups", "slimdiff")]
-    return [(output or statistics.parent) / "-".join(["slim", f"{budget:g}", *unusual]) for budget in budgets]
+    unusual = [method] if method != "slimdiff" else []
+    return [(output or statistics.parent) / "-".join(["slim", amount, *unusual]) for amount in amounts]
 
 
 def report_path(slim: Path) -> Path:

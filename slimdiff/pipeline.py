@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -34,6 +36,18 @@ def device_of(name: str) -> torch.device:
             "Use --device cpu, or install a CUDA build of torch and check the driver with nvidia-smi."
         )
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of device: the model of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

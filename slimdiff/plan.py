@@ -36,8 +36,22 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """Seconds that one UNet call takes, dense as measured and slim as predicted, under the conditions of the latency
+    table they come from."""
+
+    seconds: tuple[float, float]
+    conditions: dict[str, Any]
+
+    @property
+    def speedup(self) -> float:
+        return self.seconds[0] / self.seconds[1]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """`budget` is the share to remove `of` ("groups", "unet" or "macs"); `achieved` the same share as it came out.
+    """`budget` is the share to remove `of` (one of `options.OFS`); `achieved` the same share as it came out. A budget
+    of latency comes with a forecast.
 
     `provenance` names what it was made from: model, fingerprint, statistics, versions, options. `refits` holds, for
     each group or layer that was refitted, the held-out error after over before. `predicted_error` of the final latents,
@@ -54,6 +68,7 @@ class Plan:
     lower_bound: float | None
     provenance: dict[str, Any]
     refits: dict[str, float] = field(default_factory=dict)
+    latency: Forecast | None = None
 
     def ranks(self) -> dict[str, int]:
         """Width of every group that is cut."""
@@ -82,7 +97,9 @@ class Plan:
                 for entry in data.pop("entries")
             )
             data |= {key: tuple(data[key]) for key in ("unet_params", "unet_macs")}
-            return Plan(entries=entries, **data)
+            forecast = data.pop("latency", None)
+            latency = forecast and Forecast(tuple(forecast["seconds"]), dict(forecast["conditions"]))
+            return Plan(entries=entries, latency=latency, **data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SlimdiffError(f"This is not a plan of slimdiff ({type(error).__name__}: {error}).") from error
 
@@ -113,6 +130,13 @@ class Plan:
             change("MACs of UNet", *self.unet_macs),
             f"budget                 {self.budget:.1%} of {self.of}, achieved {self.achieved:.2%}",
         ]
+        if self.latency is not None:
+            before, after = (1e3 * seconds for seconds in self.latency.seconds)
+            lines.append(
+                f"predicted UNet call    {before:.4g} ms -> {after:.4g} ms, {self.latency.speedup:.2f}x as fast, in "
+                f"{self.latency.conditions['dtype']} at {self.latency.conditions['rows']} rows on "
+                f"{self.latency.conditions['device']}"
+            )
         if self.predicted_error is not None:
             lines.append(
                 f"predicted error        {self.predicted_error:.2e} of the final latents (no choice of widths below "

@@ -40,6 +40,7 @@ __all__ = [
     "SlimUNet2DConditionModel",
     "TextProjection",
     "UnequalAttention",
+    "narrow",
 ]
 
 FORMAT = 1
@@ -212,7 +213,7 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
             slim_format=slim_format,
             auto_map={"AutoModel": f"{MODULE}.{type(self).__name__}"},
         )
-        _narrow(self, slim_ranks or {}, slim_maps)
+        narrow(self, slim_ranks or {}, slim_maps)
         for layer in self.modules():
             if isinstance(layer, Attention) and layer.is_cross_attention:
                 layer.to_k, layer.to_v = (_reusing(matrix) for matrix in (layer.to_k, layer.to_v))
@@ -387,7 +388,8 @@ def _columns(keep: Map, left: torch.Tensor, right: torch.Tensor, x: torch.Tensor
     return (keep(x.float().mT).mT + told).to(x.dtype)
 
 
-def _narrow(unet: nn.Module, ranks: Mapping[str, int], maps: int) -> None:
+def narrow(unet: nn.Module, ranks: Mapping[str, int], maps: int = 0) -> None:
+    """Give the groups of a dense model, or of a part of one, these widths, with weights that are yet to be set."""
     layers = dict(unet.named_modules())
     cuts: dict[str, dict[str, int]] = {}
     for name, width in ranks.items():

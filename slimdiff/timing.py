@@ -1,11 +1,11 @@
-"""Time and memory of two models side by side."""
+"""Time of calls in turns, and memory of one."""
 
 from __future__ import annotations
 
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from slimdiff.measured import Spread, Timing
+from slimdiff.measured import Spread, Timing, quantile
 
 LONGEST = 60.0
 """Seconds after which slow calls are timed in fewer pairs than asked for, but in at least FEWEST."""
@@ -26,6 +26,10 @@ WARM_UP = 3
 
 SHORTEST = 0.05
 """Seconds one measurement lasts at least, by repeating short calls: well above the jitter of clock and scheduler."""
+
+ROUNDS, BRIEF = 25, 0.01
+"""How often each of many calls is timed, and for how many seconds at least: medians of many short looks, since what
+disturbs one spares the next."""
 
 Call = Callable[[], Any]
 
@@ -46,6 +50,25 @@ def paired(what: str, dense: Call, slim: Call, *, pairs: int, device: torch.devi
             side.append(_time(call, calls, device))
     ratios = [a / b for a, b in zip(*times, strict=True)]
     return Timing(what, Spread.of(times[0]), Spread.of(times[1]), Spread.of(ratios), pairs, calls)
+
+
+def in_turns(calls: Sequence[Call], *, device: torch.device, what: str) -> list[float]:
+    """Median seconds of each call over up to ROUNDS rounds, in each of which every one has its turn.
+
+    What slows the machine down for a while so slows all of them alike. Rounds go forwards and backwards by turns. Slow
+    calls take fewer rounds, but at least FEWEST.
+    """
+    least = [_warm(call, device) for call in calls]
+    repeats = [math.ceil(BRIEF / max(1e-6, time)) for time in least]
+    one_round = sum(n * time for n, time in zip(repeats, least, strict=True))
+    rounds = min(ROUNDS, max(FEWEST, int(LONGEST / one_round)))
+    times: list[list[float]] = [[] for _ in calls]
+    with tqdm(total=rounds * len(calls), unit="call", disable=None, leave=False, desc=what) as bar:
+        for turn in range(rounds):
+            for i in range(len(calls))[:: -1 if turn % 2 else 1]:
+                times[i].append(_time(calls[i], repeats[i], device))
+                bar.update()
+    return [quantile(found, 0.5) for found in times]
 
 
 def _warm(call: Call, device: torch.device) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -44,38 +45,73 @@ def units(groups: Sequence[Group], options: Options) -> list[list[Group]]:
 
 
 def cost(group: Group, width: int, of: Of) -> int:
+    """In parameters or MACs."""
     return group.macs_at(width) if of == "macs" else group.params_at(width)
 
 
-def item(members: Sequence[Group], errors: Mapping[str, Tensor], options: Options) -> Item:
+@dataclass(frozen=True)
+class Currency:
+    """What a budget is spent in: the `cost` of a unit of groups at a width, and the `whole` that it is a share of.
+
+    Costs are whole numbers, and what counts is how they differ from one width to the next. Messages name the whole with
+    `owner`, as in "UNet's {} parameters", and amounts with `show`.
+    """
+
+    cost: Callable[[Sequence[Group], int], int]
+    whole: int
+    owner: str
+    show: Callable[[int], str] = short
+
+
+def counted(unet_params: int, groups: Sequence[Group], of: Of) -> Currency:
+    """Budgets in parameters or MACs."""
+    what = "MACs" if of == "macs" else "parameters"
+    return Currency(
+        lambda unit, width: sum(cost(group, width, of) for group in unit),
+        denominator(unet_params, groups, of),
+        ("UNet's" if of == "unet" else "groups'") + " {} " + what,
+    )
+
+
+def prices(unit: Sequence[Group], options: Options, currency: Currency) -> dict[int, int]:
+    """The cost of a unit at each width it may take, without widths that cost no less than a wider one."""
+    found: dict[int, int] = {}
+    for width in allowed_widths(unit[0], options):
+        price = currency.cost(unit, width)
+        if not found or price < min(found.values()):
+            found[width] = price
+    return found
+
+
+def item(unit: Sequence[Group], errors: Mapping[str, Tensor], options: Options, currency: Currency) -> Item:
     """One unit's choice of widths; `errors` are by group and width, (width + 1,)."""
-    widths = allowed_widths(members[0], options)
+    costs = prices(unit, options, currency)
     return Item(
-        members[0].name,
-        widths,
-        tuple(sum(cost(group, w, options.of) for group in members) for w in widths),
-        tuple(sum(float(errors[group.name][w]) for group in members) for w in widths),
+        unit[0].name,
+        tuple(costs),
+        tuple(costs.values()),
+        tuple(sum(float(errors[group.name][w]) for group in unit) for w in costs),
     )
 
 
 def denominator(unet_params: int, groups: Sequence[Group], of: Of) -> int:
-    """What a budget is a share of."""
+    """What a budget of parameters or MACs is a share of."""
     return unet_params if of == "unet" else sum(cost(group, group.width, of) for group in groups)
 
 
-def required(unet_params: int, groups: Sequence[Group], options: Options) -> int:
-    """What has to be saved, in parameters or MACs. Raises BudgetError, with the arithmetic, if that is too much."""
-    whole = denominator(unet_params, groups, options.of)
-    wanted = math.ceil(options.budget * whole - 1e-9)
-    held = sum(cost(group, group.width, options.of) for group in groups)
-    most = held - sum(cost(group, allowed_widths(group, options)[-1], options.of) for group in groups)
+def required(groups: Sequence[Group], options: Options, currency: Currency) -> int:
+    """What has to be saved. Raises BudgetError, with the arithmetic, if that is too much."""
+    wanted = math.ceil(options.budget * currency.whole - 1e-9)
+    costs = [list(prices(unit, options, currency).values()) for unit in units(groups, options)]
+    held, most = sum(cost[0] for cost in costs), sum(cost[0] - cost[-1] for cost in costs)
     if wanted > most:
-        what = "MACs" if options.of == "macs" else "parameters"
-        owner = "UNet's" if options.of == "unet" else "groups'"
+        share = most / currency.whole
         kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
         raise BudgetError(
-            f"{options.budget:.1%} of the {owner} {short(whole)} {what} is {short(wanted)}. The groups {kinds} "
-            f"hold {short(held)}, of which at most {short(most)} can go with --min-width {options.min_width:g}. "
-            f"The most for this model is --budget {math.floor(1000 * most / whole) / 1000:g}."
+            f"{options.budget:.1%} of the {currency.owner.format(currency.show(currency.whole))} is "
+            f"{currency.show(wanted)}. The groups {kinds} hold {currency.show(held)}, of which at most "
+            f"{currency.show(most)} can go with --min-width {options.min_width:g}. The most for this model is "
+            + (f"--speedup {math.floor(100 / (1 - share)) / 100:g}, which is " if options.of == "latency" else "")
+            + f"--budget {math.floor(1000 * share) / 1000:g}."
         )
     return wanted

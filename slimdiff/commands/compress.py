@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slimdiff import outputs
 from slimdiff.commands.parameters import GROUPS, PATH, SHARES, command, model_options, say
-from slimdiff.options import INFLUENCES, METHODS
+from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
+
+if TYPE_CHECKING:
+    from slimdiff.groups import Group
+    from slimdiff.latency import Table
 
 
 @click.command()
@@ -18,15 +23,21 @@ from slimdiff.options import INFLUENCES, METHODS
     "--budget",
     "budgets",
     type=SHARES,
-    default="0.35",
-    help="Share to remove, at least 0, below 1; several, as in 0.2,0.35,0.5, give a checkpoint each.",
+    help="Share to remove, at least 0, below 1; several, as in 0.2,0.35,0.5, give a checkpoint each.  [default: 0.35]",
 )
 @click.option(
     "--budget-of",
     "of",
-    type=click.Choice(["groups", "unet", "macs"]),
-    default="groups",
-    help="Share of what: the groups' parameters, the whole UNet's, or the groups' MACs.",
+    type=click.Choice(OFS),
+    help="Share of what: the groups' parameters, the whole UNet's, the groups' MACs, or the time of one UNet call on "
+    "this device.  [default: groups]",
+)
+@click.option("--speedup", type=float, help="How many times as fast a UNet call shall be, in the place of a budget.")
+@click.option(
+    "--latency",
+    type=PATH,
+    help="Table of 'slimdiff profile', also of another device.  [default: latency.json beside the statistics, measured "
+    "where it is missing or does not fit]",
 )
 @click.option(
     "--groups",
@@ -86,7 +97,10 @@ from slimdiff.options import INFLUENCES, METHODS
 @command
 def compress(
     statistics: Path | None,
-    budgets: tuple[float, ...],
+    budgets: tuple[float, ...] | None,
+    of: Of | None,
+    speedup: float | None,
+    latency: Path | None,
     model: str | None,
     device: str,
     dtype: str,
@@ -102,16 +116,29 @@ def compress(
     shared out over all layers by how much each one's error moves the final picture. The result loads in plain
     diffusers, also where slimdiff is not installed.
     """
+    if speedup is not None and (budgets is not None or of not in (None, "latency")):
+        raise click.UsageError("--speedup is a budget of its own, in time: leave --budget and --budget-of out.")
+    if latency is not None and speedup is None and of != "latency":
+        raise click.UsageError("--latency is for budgets in time: add --speedup 1.2, or --budget-of latency.")
     from slimdiff import checkpoint, pipeline, source
     from slimdiff.compress import Options, sweep
+    from slimdiff.latency import Table
+    from slimdiff.profile import cached, conditions_of
     from slimdiff.statistics import StatisticsFile
 
     if statistics is None:
         statistics = outputs.newest_statistics()
         say(f"statistics: {statistics}")
     file = StatisticsFile(statistics)
-    options = Options(budgets[0], **choices)
-    folders = outputs.slim_paths(statistics, budgets, options.of, options.method, output)
+    if speedup is None:
+        budgets = budgets or (0.35,)
+        options = Options(budgets[0], of or "groups", **choices)
+        amounts = [outputs.amount(budget, options.of) for budget in budgets]
+    else:
+        budgets = (share_of(speedup),)
+        options = Options(budgets[0], "latency", **choices)
+        amounts = [f"{speedup:g}x"]
+    folders = outputs.slim_paths(statistics, amounts, options.method, output)
     for folder in () if dry_run else folders:
         checkpoint.check_output(folder, force)
     on = pipeline.device_of(device)
@@ -121,8 +148,16 @@ def compress(
     stored = source.stored_dtype(dense)
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
+
+    def times(units: Sequence[Sequence[Group]]) -> Table:
+        if latency is not None:
+            return Table.read(latency)
+        assert statistics is not None
+        conditions = conditions_of(pipe, file.recipe, 1, pipeline.dtype_of(dtype, on))
+        return cached(outputs.latency_path(statistics.parent), pipe, units, conditions, say)
+
     written = stored if dtype == "auto" else pipeline.dtype_of(dtype, on)
-    for folder, (slim, plan) in zip(folders, sweep(pipe.to(on), file, options, budgets), strict=True):
+    for folder, (slim, plan) in zip(folders, sweep(pipe.to(on), file, options, budgets, times), strict=True):
         click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
         if not dry_run:
             checkpoint.write(

@@ -65,6 +65,16 @@ class Report:
             *((name, show(a), show(b), change(a, b)) for name, (a, b), show in rows),
         ]
 
+    def predicted(self) -> list[float | None]:
+        """What the plan predicted for each of `speed`: UNet calls of the batch and size its latency table is of."""
+        s, forecast = self.settings, self.plan.latency
+        if forecast is None:
+            return [None] * len(self.speed)
+        timed = forecast.conditions
+        rows = timed["rows"] if (timed["height"], timed["width"]) == (s.height, s.width) else None
+        calls = (forecast.speedup if batch * s.rows_per_prompt == rows else None for batch in s.batch_sizes)
+        return [*calls, None]
+
     def speed_rows(self) -> list[Row]:
         """Speed-up and drift stand in columns next to each other."""
 
@@ -72,18 +82,21 @@ class Report:
             return seconds(spread.median, spread.q1, spread.q3)
 
         drift = percent(quantile(self.fidelity.drift, 0.5)), percent(quantile(self.fidelity.drift, 1))
+        predicted = self.predicted()
+        column = ["predicted"] if any(predicted) else []
         return [
-            ("Speed", "speed-up (quartiles)", "drift (worst)", "ideal", "dense", "slim"),
+            ("Speed", "speed-up (quartiles)", "drift (worst)", *column, "ideal", "dense", "slim"),
             *(
                 (
                     timing.what,
                     f"{factor(timing.speedup.median)} ({timing.speedup.q1:.2f} - {timing.speedup.q3:.2f})",
                     f"{drift[0]} ({drift[1]})",
+                    *([factor(foreseen) if foreseen else "-"] if column else []),
                     factor(self.size.ideal_speedup),
                     time(timing.dense),
                     time(timing.slim),
                 )
-                for timing in self.speed
+                for timing, foreseen in zip(self.speed, predicted, strict=True)
             ),
         ]
 
@@ -134,6 +147,12 @@ class Report:
             "in brackets their quartiles; the speed-up is taken pair by pair. Rows are the UNet's batch"
             f"{', doubled by guidance' if s.rows_per_prompt == 2 else ''}. Ideal is the ratio of the UNet's MACs.",
         ]
+        if self.plan.latency is not None:
+            c = self.plan.latency.conditions
+            notes.append(
+                f"The plan predicted a speed-up of {factor(self.plan.latency.speedup)} for a UNet call of {c['rows']} "
+                f"rows at {c['width']} x {c['height']} px, from times measured in {c['dtype']} on {c['device']}."
+            )
         if self.size.memory is not None:
             on_cuda = self.provenance.get("device_type") == "cuda"
             counted = "as torch's allocator counts it" if on_cuda else "counting the tensors alive after each operator"
@@ -162,7 +181,10 @@ class Report:
             "picture": {"speedup": asdict(last.speedup), **beside, "predicted_drift": self.plan.predicted_error},
             "settings": asdict(s),
             "size": asdict(self.size),
-            "speed": [{"what": t.what, "speedup": asdict(t.speedup), **beside, **asdict(t)} for t in self.speed],
+            "speed": [
+                {"what": t.what, "speedup": asdict(t.speedup), "predicted_speedup": foreseen, **beside, **asdict(t)}
+                for t, foreseen in zip(self.speed, self.predicted(), strict=True)
+            ],
             "fidelity": {
                 "drift": drift,
                 "psnr_db": {name: found.psnr(q) for name, q in levels.items()},
