@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import slimdiff.profile
 from slimdiff import timing
 from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options, compress, make_plan
+from slimdiff.compress import Options, compress, make_plan, solve
 from slimdiff.errors import BudgetError, SlimdiffError
 from slimdiff.groups import find_groups
 from slimdiff.latency import Curve, Table
@@ -181,7 +181,7 @@ def test_time_is_spent_as_well_as_can_be(pipe, statistics, budget):
     options = Options(budget, of="latency", kinds=("ffn",), round_to=4, influence="local")
     of = units(find_groups(pipe.unet, kinds=("ffn",)), options)
     table = made_up(pipe, of, call=2e-4)
-    plan, solutions = make_plan(pipe, statistics, options, lambda _: table)
+    plan, solutions = make_plan(pipe, statistics, options, solve(pipe, statistics, [options], lambda _: table))
     spent_in = currency(pipe, of, table)
     costs = [prices(unit, options, spent_in) for unit in of]
     least = min(
@@ -199,7 +199,7 @@ def test_widths_that_save_no_time_are_never_chosen(pipe, statistics):
     chosen = set()
     for budget in (0.02, 0.1, 0.2):
         options = Options(budget, of="latency", influence="local")
-        plan, _ = make_plan(pipe, statistics, options, lambda _: table)
+        plan, _ = make_plan(pipe, statistics, options, solve(pipe, statistics, [options], lambda _: table))
         chosen |= {entry.rank for entry in plan.entries if entry.kind != "ffn"}
     assert chosen == {8, 16}
 
@@ -223,7 +223,7 @@ def test_a_speed_up_out_of_reach_is_refused_with_the_most_there_is(pipe, statist
 
     def planned(speedup):
         options = Options(share_of(speedup), of="latency", influence="local")
-        return make_plan(pipe, statistics, options, lambda _: table)[0]
+        return make_plan(pipe, statistics, options, solve(pipe, statistics, [options], lambda _: table))[0]
 
     with pytest.raises(BudgetError, match=r"75.0% of the UNet call's 100 us is 75.0 us. .* hold \d.* us") as refusal:
         planned(4)
