@@ -73,7 +73,9 @@ def calibrate(
     """
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
-    groups = find_groups(pipe.unet) + (find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else [])
+    groups = find_groups(pipe.unet)
+    groups += find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else []
+    groups += find_groups(pipe.unet, kinds=("resnet",)) if recipe.resnets else []
     found = fingerprint(pipe.unet)
     statistics = Statistics(source.reference, dict(source.options), found, recipe, loras=source.loras)
     if output.exists() and not force:

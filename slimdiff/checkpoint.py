@@ -34,8 +34,8 @@ _README = """---
 library_name: diffusers
 tags: [slimdiff]
 ---
-A text-to-image model compressed with slimdiff: {groups} attention and feed-forward groups of its UNet are narrower
-than in the original. `slimdiff/plan.json` holds every decision. The licence of the original model applies.
+A text-to-image model compressed with slimdiff: {groups} groups of its UNet's layers are narrower than in the
+original. `slimdiff/plan.json` holds every decision. The licence of the original model applies.
 
 Without slimdiff (diffusers runs `unet/{module}.py` from this folder):
 

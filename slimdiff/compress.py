@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from slimdiff import __version__, influence
@@ -22,9 +23,11 @@ from slimdiff.profile import currency
 from slimdiff.refine import Refit, refine, refit_output
 from slimdiff.sequential import solve_in_turn
 from slimdiff.slim_unet import SlimUNet2DConditionModel
+from slimdiff.solve.resnet import ResnetSolution
 from slimdiff.solve.solution import Solution
 from slimdiff.statistics import StatisticsFile
 from slimdiff.surgery import build
+from slimdiff.trials import try_widths
 from slimdiff.widths import Currency, counted, item, required, units
 
 __all__ = ["Options", "compress"]
@@ -100,7 +103,7 @@ def solve(
     """Solve every group for options that differ in their budget only. See `compress` for what is raised."""
     unet, recipe, options = pipe.unet, statistics.recipe, wanted[0]
     method = METHODS[options.method]
-    method.check(options.method, recipe.baselines)
+    method.check(options.method, _kinds(method, options), recipe)
     size = recipe.height // pipe.vae_scale_factor, recipe.width // pipe.vae_scale_factor
     text_tokens = pipe.tokenizer.model_max_length
     groups = find_groups(unet, token_counts(unet, size, text_tokens), _kinds(method, options))
@@ -110,10 +113,15 @@ def solve(
     spent_in = currency(pipe, together, table) if table else counted(params, groups, options.of)
     for one in wanted:
         required(groups, one, spent_in)
+    moments = partial(statistics.moments, device=unet.device)
+    patch_moments = partial(statistics.patch_moments, device=unet.device)
     solutions: dict[str, Solution] = {
-        group.name: method.curve(Evidence(unet, group, lambda key: statistics.moments(key, unet.device)))
+        group.name: method.curve(Evidence(unet, group, moments, patch_moments))
         for group in tqdm(groups, unit="group", disable=None, desc="solve")
     }
+    if (options.influence or method.influence) in ("sampler", "noise") and any(one.budget for one in wanted):
+        probed = {g: influence.probing_widths(g, solutions[g.name], options.probe_shares) for g in groups}
+        solutions |= _tried(unet, probed, solutions, statistics)
     return Solved(groups, solutions, params, count(unet, size, text_tokens).total, spent_in, table)
 
 
@@ -130,6 +138,8 @@ def make_plan(
     errors = _errors(pipe, groups, solutions, statistics, options)
     allocation = _allocate(groups, errors, to_save, options, spent_in)
     widths = {group.name: allocation.widths[unit[0].name] for unit in units(groups, options) for group in unit}
+    cut = {group: [widths[group.name]] for group in groups if widths[group.name] < group.width}
+    solutions = {**solutions, **_tried(pipe.unet, cut, solutions, statistics)}
     if method.sequential:
         solutions = solve_in_turn(pipe, groups, widths, recipe, lambda *seen: method.solve(Evidence(*seen)))
     is_final = options.influence in ("sampler", "noise")
@@ -164,12 +174,27 @@ def _kinds(method: Method, options: Options) -> tuple[str, ...]:
     """The kinds of groups to cut. Raises BudgetError if the method cannot cut what was asked for."""
     if options.kinds is None:
         return method.kinds
-    if foreign := [kind for kind in options.kinds if kind not in method.kinds]:
+    known = (*method.kinds, *method.more)
+    if foreign := [kind for kind in options.kinds if kind not in known]:
         raise BudgetError(
-            f"--method {options.method} cuts {', '.join(method.kinds)}, and --groups asks for {foreign[0]}. Leave "
+            f"--method {options.method} cuts {', '.join(known)}, and --groups asks for {foreign[0]}. Leave "
             "--groups out for this method."
         )
     return options.kinds
+
+
+def _tried(
+    unet: nn.Module,
+    widths: Mapping[Group, Sequence[int]],
+    solutions: Mapping[str, Solution],
+    statistics: StatisticsFile,
+) -> dict[str, Solution]:
+    """The solutions of ResNet groups, fitted anew at these widths."""
+    of_blocks = {g: s for g in widths if isinstance(s := solutions[g.name], ResnetSolution)}
+    if not of_blocks:
+        return {}
+    found = try_widths(unet, of_blocks, widths, statistics.states(), statistics.recipe.guidance_scale)
+    return {group.name: solution for group, solution in found.items()}
 
 
 def _errors(

@@ -3,6 +3,8 @@
 An attention layer holds two groups: `<path>.qk` (query and key projections, which meet in the logits) and `<path>.vo`
 (value and output projections, which meet in the head outputs). A feed-forward layer is one group, `<path>.ffn`. A
 group's width is what compression cuts: the width of one head for `qk` and `vo`, the number of hidden units for `ffn`.
+A ResNet block is one group, `<path>.resnet`, cut only where it is asked for: between its two convolutions lies a group
+norm, and its width is the number of channels in each group of that norm.
 
 Two more kinds are what other methods cut: `<path>.heads`, whole heads of an attention layer, and `<path>.linear`, the
 rank of one matrix alone.
@@ -16,23 +18,24 @@ from typing import Any, Literal
 
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from slimdiff.errors import ModelError
 
-Kind = Literal["qk", "vo", "ffn", "heads", "linear"]
+Kind = Literal["qk", "vo", "ffn", "resnet", "heads", "linear"]
 KINDS: tuple[Kind, ...] = ("qk", "vo", "ffn")
-"""What slimdiff itself cuts."""
+"""What slimdiff itself cuts unless told otherwise."""
 
 
 @dataclass(frozen=True)
 class Group:
     """One group of a UNet.
 
-    `module` is the dotted path of its layer; `heads` is 1 for `ffn` and `linear`. `params_per_width` and
-    `macs_per_width` are what one step of width costs over all heads: parameters, and multiply-accumulates of one
-    forward pass of one sample, attention core included. Both are linear in the width, but for the full width of
-    `linear`, a single matrix, which costs `whole` (parameters, MACs).
+    `module` is the dotted path of its layer; `heads` is 1 for `ffn` and `linear`, for `resnet` the number of groups of
+    the norm. `params_per_width` and `macs_per_width` are what one step of width costs over all heads: parameters, and
+    multiply-accumulates of one forward pass of one sample, attention core included. Both are linear in the width, but
+    for the full width of `linear`, a single matrix, which costs `whole` (parameters, MACs).
     """
 
     name: str
@@ -66,12 +69,14 @@ def find_groups(
     Raises ModelError if there is none, or if a layer has a form that cannot be cut without changing its meaning.
     """
     groups: list[Group] = []
-    for path, layer in sorted(unet.named_modules(), key=_stage):
+    for path, layer in sorted(unet.named_modules(), key=_place):
         queries, keys = (tokens or {}).get(path, (0, 0))
         if isinstance(layer, Attention):
             found = _attention_groups(path, layer, queries, keys)
         elif isinstance(layer, FeedForward):
             found = _feed_forward_groups(path, layer, queries)
+        elif isinstance(layer, ResnetBlock2D):
+            found = [_resnet_group(path, layer, queries)]
         else:
             continue
         own = [group for group in found if group.kind in kinds and group.kind != "linear"]
@@ -84,9 +89,12 @@ def find_groups(
     return groups
 
 
-def _stage(item: tuple[str, nn.Module]) -> int:
-    """Modules are registered in another order than data meets them."""
-    return {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(item[0].split(".")[0], 0)
+def _place(item: tuple[str, nn.Module]) -> tuple[int, ...]:
+    """Where data meets a module: stage, block, and layer of the block. Modules are registered in another order."""
+    path = item[0].split(".")
+    stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(path[0], 0)
+    numbers = [*([0] if stage == 1 else []), *(int(part) for part in path if part.isdigit()), 0, 0]
+    return stage, numbers[0], 2 * numbers[1] + ("attentions" in path)
 
 
 def _attention_groups(path: str, layer: Attention, queries: int, keys: int) -> list[Group]:
@@ -128,6 +136,17 @@ def _feed_forward_groups(path: str, layer: FeedForward, tokens: int) -> list[Gro
     ]
 
 
+def _resnet_group(path: str, block: ResnetBlock2D, pixels: int) -> Group:
+    """`pixels` are those of the block's outputs, where both of its convolutions work."""
+    channels, groups = block.norm2.num_channels, block.norm2.num_groups
+    weights = block.conv1.weight[0].numel() + block.conv2.weight[:, 0].numel()
+    params, macs = weights + 3, pixels * weights  # a bias, and the norm's scale and shift
+    if block.time_emb_proj is not None:
+        times, rows = block.time_emb_proj.in_features, block.time_emb_proj.out_features // channels
+        params, macs = params + rows * (times + 1), macs + rows * times
+    return Group(f"{path}.resnet", "resnet", path, groups, channels // groups, groups * params, groups * macs)
+
+
 def _linear_group(path: str, layer: nn.Linear, tokens: int) -> Group:
     """Two factors of rank r in the place of a matrix; its bias stays."""
     a, b = layer.in_features, layer.out_features
@@ -144,8 +163,9 @@ def _feed_forward_parts(path: str, layer: FeedForward) -> tuple[nn.Linear, nn.Li
 @dataclass(frozen=True)
 class Probe:
     """One statistic: where tokens are read (a module's `input` or `output`), as how many heads of which width, whether
-    each sample's mean is taken off, and whether the halves of guidance are put together first. `key` names it in the
-    statistics file; equal keys are equal tokens."""
+    each sample's mean is taken off, and whether the halves of guidance are put together first. `patches` says that it
+    is a convolution's, over the pictures it reads. `key` names it in the statistics file; equal keys are equal tokens.
+    """
 
     key: str
     module: nn.Module
@@ -154,10 +174,12 @@ class Probe:
     width: int
     centred: bool = False
     guided: bool = False
+    patches: bool = False
 
 
 def probes(unet: nn.Module, group: Group, guided: bool = True) -> list[Probe]:
-    """What calibration has to record for a group: queries and keys, head outputs, hidden units, a matrix's inputs.
+    """What calibration has to record for a group: queries and keys, head outputs, hidden units, a matrix's inputs, or
+    the patches under a block's second convolution.
 
     Hidden units of a feed-forward group are `guided`, or plain as all others are.
     """
@@ -170,6 +192,9 @@ def probes(unet: nn.Module, group: Group, guided: bool = True) -> list[Probe]:
             Probe(f"{group.name}:q", layer.to_q, "output", group.heads, group.width),
             Probe(f"{group.name}:k", layer.to_k, "output", group.heads, group.width, centred=True),
         ]
+    if group.kind == "resnet":
+        _, convolution = inner_layers(unet, group)
+        return [Probe(f"{group.name}:p", convolution, "input", 1, convolution.in_channels, guided=True, patches=True)]
     out = output_layer(unet, group)
     if group.kind == "ffn" and guided:
         return [Probe(guided_key(group), out, "input", 1, out.in_features, guided=True)]
@@ -212,12 +237,14 @@ def _input_key(unet: nn.Module, path: str, matrix: str) -> str:
 class Names:
     """Names of a group's weights in the UNet's state dict, each bias `None` where the layer has none.
 
-    `into` lists what maps into the cut width (queries and keys; values; the GEGLU projection), `out` what maps out. A
-    `linear` group has `out` only.
+    `into` lists what maps into the cut width (queries and keys; values; the GEGLU projection; a block's first
+    convolution and its projection of the time), `out` what maps out, `norm` is what lies between. A `linear` group has
+    `out` only.
     """
 
     into: tuple[tuple[str, str | None], ...]
     out: tuple[str, str | None] | None
+    norm: tuple[str, str] | None = None
 
 
 def names(unet: nn.Module, group: Group) -> Names:
@@ -234,6 +261,10 @@ def names(unet: nn.Module, group: Group) -> Names:
             return Names((of("to_q"), of("to_k"), of("to_v")), of("to_out.0"))
         case "ffn":
             return Names((of("net.0.proj"),), of("net.2"))
+        case "resnet":
+            time = (of("time_emb_proj"),) if unet.get_submodule(group.module).time_emb_proj is not None else ()
+            norm = f"{group.module}.norm2"
+            return Names((of("conv1"), *time), of("conv2"), (f"{norm}.weight", f"{norm}.bias"))
         case "linear":
             return Names((), of())
 
@@ -242,6 +273,12 @@ def output_layer(unet: nn.Module, group: Group) -> nn.Linear:
     """The projection through which a group's layer is left."""
     layer: Any = unet.get_submodule(group.module)
     return layer.net[2] if group.kind == "ffn" else layer.to_out[0]
+
+
+def inner_layers(unet: nn.Module, group: Group) -> tuple[nn.GroupNorm, nn.Conv2d]:
+    """Of a `resnet` group: the norm between the convolutions, and the second convolution, through which it is left."""
+    block: Any = unet.get_submodule(group.module)
+    return block.norm2, block.conv2
 
 
 def residual_norm(unet: nn.Module, group: Group) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,21 +62,23 @@ def _tokens(x: Tensor) -> int:
 def token_counts(
     unet: UNet2DConditionModel, latent_size: tuple[int, int], text_tokens: int = 77
 ) -> dict[str, tuple[int, int]]:
-    """Query and key tokens per sample of every attention and feed-forward layer (where both are its tokens)."""
+    """Query and key tokens per sample of every attention and feed-forward layer and ResNet block.
+
+    Of those two both are the tokens, or pixels, of its outputs.
+    """
     counts: dict[str, tuple[int, int]] = {}
 
     def watch(path: str, layer: nn.Module) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             context = kwargs.get("encoder_hidden_states")
-            counts[path] = (_tokens(hidden), _tokens(hidden if context is None else context))
+            counts[path] = (_tokens(output), _tokens(output if context is None else context))
 
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        layer.register_forward_hook(hook, with_kwargs=True)
 
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config)
         for path, layer in twin.named_modules():
-            if isinstance(layer, Attention | FeedForward):
+            if isinstance(layer, Attention | FeedForward | ResnetBlock2D):
                 watch(path, layer)
         twin(**meta_inputs(unet, latent_size, text_tokens))
     return counts

@@ -6,7 +6,7 @@ A method says what it cuts, how it solves a group, and how its widths are chosen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +16,14 @@ from slimdiff.errors import StatisticsError
 from slimdiff.gram import Moments
 from slimdiff.groups import KINDS, Group, Kind, guided_key, inputs, names, probes
 from slimdiff.options import Influence, MethodName
+from slimdiff.patches import PatchMoments
+from slimdiff.recipe import Recipe
 from slimdiff.solve import selection
 from slimdiff.solve.ffn import Rule, elimination, leverage, solve_ffn
 from slimdiff.solve.heads import solve_heads
 from slimdiff.solve.linear import solve_linear
 from slimdiff.solve.qk import solve_qk
+from slimdiff.solve.resnet import ResnetSolution, solve_resnet
 from slimdiff.solve.solution import Curve, Solution
 from slimdiff.solve.vo import solve_vo
 from slimdiff.solve.whitening import whiten_vo
@@ -28,7 +31,7 @@ from slimdiff.solve.whitening import whiten_vo
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a solve goes by: one group of a UNet, and the moments of statistics by key.
+    """What a solve goes by: one group of a UNet, and the moments of statistics by key, of patches for ResNet groups.
 
     It remembers the order in which hidden units were dropped, so that solving again costs little.
     """
@@ -36,6 +39,7 @@ class Evidence:
     unet: nn.Module
     group: Group
     moments: Callable[[str], Moments]
+    patch_moments: Callable[[str], PatchMoments] | None = None
     _orders: dict[Rule, Tensor] = field(default_factory=dict)
 
     def once(self, choose: Rule) -> Rule:
@@ -60,6 +64,12 @@ class Evidence:
     def guided(self) -> Moments:
         """Of the hidden units with the halves of guidance put together."""
         return self._one_head(guided_key(self.group))
+
+    def convolved(self) -> tuple[PatchMoments, Tensor]:
+        """Of the patches under the second convolution of a ResNet block, and its weight."""
+        assert self.patch_moments is not None
+        (probe,) = probes(self.unet, self.group)
+        return self.patch_moments(probe.key), self.out()[0]
 
     def _one_head(self, key: str) -> Moments:
         found = self.moments(key)
@@ -94,10 +104,10 @@ Solve = Callable[[Evidence], Solution]
 
 @dataclass(frozen=True)
 class Method:
-    """`refits_output` says whether the UNet's last convolution is fitted anew in the end, `adapters` whether the slim
-    UNet has maps for adapters of the dense one, `baselines` whether the method needs the sums of `slimdiff calibrate
-    --baselines`, `sequential` whether its groups are solved one package after the other, each on what the packages cut
-    before really feed it."""
+    """`kinds` is what is cut unless the user says otherwise, `more` what can be cut too. `refits_output` says whether
+    the UNet's last convolution is fitted anew in the end, `adapters` whether the slim UNet has maps for adapters of the
+    dense one, `baselines` whether the method needs the sums of `slimdiff calibrate --baselines`, `sequential` whether
+    its groups are solved one package after the other, each on what the packages cut before really feed it."""
 
     kinds: tuple[Kind, ...]
     influence: Influence
@@ -106,24 +116,34 @@ class Method:
     adapters: bool = False
     baselines: bool = False
     sequential: bool = False
+    more: tuple[Kind, ...] = ()
 
-    def curve(self, evidence: Evidence) -> Curve:
+    def curve(self, evidence: Evidence) -> Solution:
         """The solution, but for its factors, which are solved for when they are asked for: those of all groups together
-        would need several times the memory of the model."""
-        return Curve(self.solve(evidence).error, lambda: self.solve(evidence))
+        would need several times the memory of the model. One of a ResNet group is as small as it is."""
+        solution = self.solve(evidence)
+        if isinstance(solution, ResnetSolution):
+            return solution
+        return Curve(solution.error, lambda: self.solve(evidence))
 
-    def check(self, name: str, has_baselines: bool) -> None:
-        """Raises StatisticsError if the statistics lack what the method needs."""
-        if self.baselines and not has_baselines:
-            raise StatisticsError(
-                f"--method {name} needs sums that these statistics do not hold. Run 'slimdiff calibrate --baselines'."
-            )
+    def check(self, name: str, kinds: Collection[str], recipe: Recipe) -> None:
+        """Raises StatisticsError if statistics of this recipe lack what the method needs to cut these kinds."""
+        for what, option, is_lacking in (
+            (f"--method {name}", "--baselines", self.baselines and not recipe.baselines),
+            ("--groups resnet", "--resnets", "resnet" in kinds and not recipe.resnets),
+        ):
+            if is_lacking:
+                raise StatisticsError(
+                    f"{what} needs sums that these statistics do not hold. Run 'slimdiff calibrate {option}'."
+                )
 
 
 def _slimdiff(evidence: Evidence) -> Solution:
     if evidence.group.kind == "qk":
         queries, keys = evidence.queries_and_keys()
         return solve_qk(queries.second, keys.second)
+    if evidence.group.kind == "resnet":
+        return solve_resnet(evidence.convolved, evidence.group.heads)
     weight, has_bias = evidence.out()
     if evidence.group.kind == "vo":
         return solve_vo(evidence.inner(), weight, evidence.group.heads, has_bias)
@@ -207,7 +227,7 @@ def _random(evidence: Evidence) -> Tensor:
 
 
 METHODS: dict[MethodName, Method] = {
-    "slimdiff": Method(KINDS, "sampler", _slimdiff, refits_output=True, adapters=True),
+    "slimdiff": Method(KINDS, "sampler", _slimdiff, refits_output=True, adapters=True, more=("resnet",)),
     "paper": Method(KINDS, "energy", _paper, baselines=True),
     "obs": Method(("heads", "ffn"), "uniform", _obs, baselines=True, sequential=True),
     "svd-llm": Method(("linear",), "uniform", _svd_llm, baselines=True),

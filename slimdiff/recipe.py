@@ -30,7 +30,7 @@ class Recipe:
 
     Prompt i runs from seed `seed + i` with `negatives[i]`; `height` and `width` are pixels; `scheduler` is a key of
     SCHEDULERS or None for the checkpoint's own; `timestep_weights` is one of `timesteps.WEIGHTINGS`; `baselines` adds
-    what only the baseline methods need.
+    what only the baseline methods need, `resnets` what ResNet groups need.
     """
 
     family: str
@@ -44,6 +44,7 @@ class Recipe:
     seed: int = 0
     timestep_weights: str = "uniform"
     baselines: bool = False
+    resnets: bool = False
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

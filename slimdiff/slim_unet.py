@@ -1,4 +1,4 @@
-"""A Stable Diffusion UNet with some attention and feed-forward layers narrower than in the dense model.
+"""A Stable Diffusion UNet with some layers narrower than in the dense model.
 
 Needs torch and diffusers only: this very file travels inside every slim checkpoint as `unet/slimdiff_unet.py`, and
 diffusers runs it from there when it is told to trust the checkpoint's code.
@@ -27,6 +27,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import nn
@@ -177,8 +178,9 @@ class SlimUNet2DConditionModel(UNet2DConditionModel):
     Takes the arguments of the dense UNet and
 
     `slim_ranks`: width of each cut group by name: `<path of an Attention>.qk` and `.vo` (width of one head), `<path of
-    a FeedForward>.ffn` (hidden units), `<path of an Attention>.heads` (number of heads), `<path of a Linear>.linear`
-    (rank of a matrix, as two factors). What is not listed keeps its dense width. Weights fit the usual softmax scale
+    a FeedForward>.ffn` (hidden units), `<path of a ResnetBlock2D>.resnet` (channels between its convolutions, in each
+    group of the norm there), `<path of an Attention>.heads` (number of heads), `<path of a Linear>.linear` (rank of a
+    matrix, as two factors). What is not listed keeps its dense width. Weights fit the usual softmax scale
     `1 / sqrt(width)`: a factor that keeps the dense logits belongs into the query weights.
     `slim_maps`: rank of the maps that make adapters of the dense model fit cut layers; 0 if there are none. They are
     buffers of those layers. `slim_q`, `slim_k`, `slim_v`, (heads, width, dense width), are what became of the rows of
@@ -404,6 +406,8 @@ def narrow(unet: nn.Module, ranks: Mapping[str, int], maps: int = 0) -> None:
     for path, widths in cuts.items():
         if "ffn" in widths:
             _narrow_feed_forward(layers[path], widths["ffn"], maps)
+        elif "resnet" in widths:
+            _narrow_resnet(layers[path], widths["resnet"])
         elif "linear" in widths:
             parent, _, name = path.rpartition(".")
             setattr(layers[parent], name, LowRank(layers[path], widths["linear"]))
@@ -416,6 +420,8 @@ def _dense_widths(layer: Any) -> dict[str, int]:
         return {"heads": layer.heads, **dict.fromkeys(("qk", "vo"), layer.to_q.out_features // layer.heads)}
     if isinstance(layer, FeedForward) and isinstance(layer.net[0], GEGLU):
         return {"ffn": layer.net[0].proj.out_features // 2}
+    if isinstance(layer, ResnetBlock2D):
+        return {"resnet": layer.norm2.num_channels // layer.norm2.num_groups}
     if isinstance(layer, nn.Linear):
         return {"linear": min(layer.in_features, layer.out_features)}
     return {}
@@ -447,6 +453,16 @@ def _narrow_feed_forward(layer: Any, width: int, maps: int) -> None:
         layer.register_buffer("slim_kept", torch.arange(width))
     layer.net[0].proj = _linear(layer.net[0].proj, layer.net[0].proj.in_features, 2 * width)
     layer.net[2] = _linear(layer.net[2], width, layer.net[2].out_features)
+
+
+def _narrow_resnet(layer: Any, width: int) -> None:
+    norm, time = layer.norm2, layer.time_emb_proj
+    channels = width * norm.num_groups
+    layer.conv1 = nn.Conv2d(layer.conv1.in_channels, channels, 3, padding=1)
+    layer.conv2 = nn.Conv2d(channels, layer.conv2.out_channels, 3, padding=1)
+    layer.norm2 = nn.GroupNorm(norm.num_groups, channels, norm.eps)
+    if time is not None:
+        layer.time_emb_proj = _linear(time, time.in_features, time.out_features // norm.num_channels * channels)
 
 
 def _thin(rank: int, dense: int, width: int) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimdiff.gram import Moments
+from slimdiff.gram import Gram, Moments
 from slimdiff.linalg import regularised
 from slimdiff.statistics import StatisticsFile
 
@@ -48,8 +48,8 @@ class Spectrum:
 
 def spectrum(statistics: StatisticsFile, key: str) -> Spectrum:
     """Of one statistic, named as in the file. Raises StatisticsError if it is missing, damaged or not finite."""
-    gram = statistics.gram(key)
-    found = gram.moments()
+    sums = statistics.sums(key)
+    found = sums.moments() if isinstance(sums, Gram) else sums.moments().pixels
     ridged = torch.linalg.eigvalsh(regularised(found.covariance)).flip(-1)
     values = ridged * found.covariance.any(-1).any(-1)[:, None]  # a head that is constant has no energy to lose
     total, squares = values.sum(-1), values.square().sum(-1)
@@ -63,7 +63,7 @@ def spectrum(statistics: StatisticsFile, key: str) -> Spectrum:
         values=values.sum(0) / total.sum().clamp(min=tiny),
         effective_rank=float((total.square() / squares.clamp(min=tiny)).mean()),
         condition=float((ridged[:, 0] / ridged[:, -1]).max()),
-        energy=_shares(gram.energy, found),
+        energy=_shares(sums.energy, found),
     )
 
 

@@ -54,6 +54,11 @@ class States:
             {name.removeprefix("conditioning."): list(t) for name, t in tensors.items() if name.startswith("cond")},
         )
 
+    @property
+    def halves(self) -> int:
+        """Rows that the UNet runs for each state: 2 with classifier-free guidance, else 1."""
+        return len(next(iter(self.conditioning.values()))[0])
+
     def batches(
         self, chosen: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -65,14 +70,14 @@ class States:
 
     def batch(self, chosen: list[int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """UNet arguments for some states, each once per half of its guidance: 2 m rows, negative half first."""
-        halves = next(iter(self.conditioning.values()))[0].shape[0]
 
         def rows(parts: list[Tensor]) -> Tensor:
-            return torch.cat([torch.stack([parts[self.prompts[i]][half] for i in chosen]) for half in range(halves)])
+            halves = range(self.halves)
+            return torch.cat([torch.stack([parts[self.prompts[i]][half] for i in chosen]) for half in halves])
 
         arguments: dict[str, Any] = {
-            "sample": torch.stack([self.samples[i] for i in chosen]).repeat(halves, 1, 1, 1).to(device, dtype),
-            "timestep": torch.tensor([self.timesteps[i] for i in chosen]).repeat(halves).to(device),
+            "sample": torch.stack([self.samples[i] for i in chosen]).repeat(self.halves, 1, 1, 1).to(device, dtype),
+            "timestep": torch.tensor([self.timesteps[i] for i in chosen]).repeat(self.halves).to(device),
         }
         for name, parts in self.conditioning.items():
             outer, _, inner = name.rpartition(".")

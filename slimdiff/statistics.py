@@ -1,7 +1,8 @@
 """The statistics file: what calibration hands to compression. One safetensors file, each tensor with its checksum.
 
 Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`,
-`.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`). Products are float32, in an
+`.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`); of patches `.shifted`, `.sums` (see
+`patches.py`) and `.energy`. Products are float32, in an
 unfinished file float64. The metadata's `slimdiff` entry is one JSON object: format version, model reference and
 fingerprint, recipe, number of prompts done, token counts, library versions, checksums.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from slimdiff.errors import StatisticsError
 from slimdiff.files import replacing
 from slimdiff.gram import Gram, Moments
+from slimdiff.patches import Patches, PatchMoments
 from slimdiff.recipe import Recipe
 from slimdiff.states import States
 
@@ -38,7 +40,7 @@ class Statistics:
     model_options: dict[str, str]
     fingerprint: str
     recipe: Recipe
-    grams: dict[str, Gram] = field(default_factory=dict)
+    grams: dict[str, Gram | Patches] = field(default_factory=dict)
     states: States = field(default_factory=States)
     done: int = 0
     loras: tuple[tuple[str, float], ...] = ()
@@ -46,9 +48,7 @@ class Statistics:
     def write(self, path: Path) -> None:
         """Write the file whole or not at all. Raises OutputError if it cannot be written."""
         dtype = torch.float32 if self.done == len(self.recipe.prompts) else torch.float64
-        tensors = {f"{key}.products": gram.packed.to("cpu", dtype) for key, gram in self.grams.items()}
-        tensors |= {f"{key}.mean": gram.mean.cpu() for key, gram in self.grams.items()}
-        tensors |= {f"{key}.energy": gram.energy.cpu() for key, gram in self.grams.items()}
+        tensors = {f"{key}.{name}": t for key, gram in self.grams.items() for name, t in _stored(gram, dtype).items()}
         tensors |= {f"states.{name}": tensor.contiguous() for name, tensor in self.states.tensors().items()}
         metadata = {
             "format": FORMAT,
@@ -68,6 +68,14 @@ class Statistics:
                 save_file(tensors, temporary, {"slimdiff": json.dumps(metadata), "digest": _digest(metadata)})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
+
+
+def _stored(gram: Gram | Patches, dtype: torch.dtype) -> dict[str, Tensor]:
+    if isinstance(gram, Patches):
+        sums = {"shifted": gram.products.to("cpu", dtype), "sums": gram.sums.cpu()}
+    else:
+        sums = {"products": gram.packed.to("cpu", dtype), "mean": gram.mean.cpu()}
+    return {**sums, "energy": gram.energy.cpu()}
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -152,19 +160,41 @@ class StatisticsFile:
 
     def gram(self, key: str, device: torch.device | str = "cpu") -> Gram:
         """The accumulator of one statistic. Raises StatisticsError if it is missing or has seen no token."""
-        if not self.metadata["tokens"].get(key):
-            raise StatisticsError(f"{self.path} holds no tokens for {key}: it was made for other groups, or is empty.")
+        count = self._count(key)
         mean = self.tensor(f"{key}.mean")
         gram = Gram(mean.shape[1], mean.shape[0], device)
         gram.packed = self.tensor(f"{key}.products").to(device).double()
-        gram.mean = mean.to(device)
-        gram.count = self.metadata["tokens"][key]
+        gram.mean, gram.count = mean.to(device), count
         if f"{key}.energy" in self.metadata["checksums"]:  # files of format 2 did not always hold it
             gram.energy = self.tensor(f"{key}.energy").to(device)
         return gram
 
+    def patches(self, key: str, device: torch.device | str = "cpu") -> Patches:
+        """As `gram`, for a statistic of patches."""
+        count = self._count(key)
+        sums = self.tensor(f"{key}.sums")
+        patches = Patches(sums.shape[1], device)
+        patches.products = self.tensor(f"{key}.shifted").to(device).double()
+        patches.sums, patches.count = sums.to(device), count
+        patches.energy = self.tensor(f"{key}.energy").to(device)
+        return patches
+
+    def sums(self, key: str, device: torch.device | str = "cpu") -> Gram | Patches:
+        """The accumulator of a statistic of whatever kind."""
+        is_patches = f"{key}.shifted" in self.metadata["checksums"]
+        return self.patches(key, device) if is_patches else self.gram(key, device)
+
+    def _count(self, key: str) -> float:
+        count: float = self.metadata["tokens"].get(key, 0)
+        if not count:
+            raise StatisticsError(f"{self.path} holds no tokens for {key}: it was made for other groups, or is empty.")
+        return count
+
     def moments(self, key: str, device: torch.device | str = "cpu") -> Moments:
         return self.gram(key, device).moments()
+
+    def patch_moments(self, key: str, device: torch.device | str = "cpu") -> PatchMoments:
+        return self.patches(key, device).moments()
 
     def states(self) -> States:
         names = [name for name in self.metadata["checksums"] if name.startswith("states.")]
@@ -172,7 +202,7 @@ class StatisticsFile:
 
     def read(self, device: torch.device | str = "cpu") -> Statistics:
         """Everything at once, to go on adding to it."""
-        grams = {key: self.gram(key, device) for key in self.metadata["tokens"]}
+        grams = {key: self.sums(key, device) for key in self.metadata["tokens"]}
         return Statistics(
             self.model, self.model_options, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras
         )

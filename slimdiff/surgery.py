@@ -21,14 +21,17 @@ def slim_weights(unet: nn.Module, group: Group, factors: Factors, padded: bool =
     """A group's weights at the factors' width, by state-dict name, in the UNet's dtype.
 
     `padded` keeps the dense shapes, zeros where the cut was: the same function, for the dense UNet. Without it the
-    queries carry `√(r / d_h)`, so that the stock softmax scale `1/√r` of a head of width r is right.
+    queries carry `√(r / d_h)`, so that the stock softmax scale `1/√r` of a head of width r is right. The weights of a
+    ResNet block are narrow in any case: zeros would count in its norm, and the dense block runs with narrow ones.
     """
     where, state = names(unet, group), unet.state_dict()
     weights: dict[str, Tensor] = {}
     for i, pair in enumerate(where.into):
         for name in filter(None, pair):
             if group.kind == "ffn":
-                weights[name] = _gated_rows(state[name], factors.into[0], group.width, padded)
+                weights[name] = state[name] if padded else _kept_rows(state[name], factors.into[0], group.width)
+            elif group.kind == "resnet":
+                weights[name] = _kept_rows(state[name], factors.into[0], group.heads * group.width)
             elif group.kind == "heads":
                 weights[name] = _rows_of_heads(state[name], factors.into[0], group.heads, padded)
             else:
@@ -36,10 +39,18 @@ def slim_weights(unet: nn.Module, group: Group, factors: Factors, padded: bool =
     if group.kind == "qk" and not padded:
         for name in filter(None, where.into[0]):
             weights[name] = weights[name] * (factors.into[0].shape[1] / group.width) ** 0.5
+    if where.norm is not None:
+        kept = factors.into[0]
+        scale, shift = (state[name][kept].double() for name in where.norm)
+        if factors.norm is not None:
+            scale, shift = scale * factors.norm[0], shift + scale * factors.norm[1]
+        weights |= dict(zip(where.norm, (scale, shift), strict=True))
     if where.out is not None and factors.out is not None:
         weight, bias = where.out
         if group.kind == "linear" and not padded:
             weights[weight], weights[weight.removesuffix("weight") + "inner.weight"] = factors.out, factors.into[0]
+        elif group.kind == "resnet":
+            weights[weight] = factors.out.unflatten(1, (-1, *state[weight].shape[2:]))
         else:
             weights[weight] = _padded_columns(factors, group) if padded else factors.out
         if bias is not None and factors.bias is not None:
@@ -56,9 +67,9 @@ def _mapped_rows(dense: Tensor, map_: Tensor, group: Group, padded: bool) -> Ten
     return rows.reshape(-1, *dense.shape[1:])
 
 
-def _gated_rows(dense: Tensor, kept: Tensor, f: int, padded: bool) -> Tensor:
-    """The kept units of both halves of a GEGLU projection, (2 f, ...): values first, then gates."""
-    return dense if padded else dense[torch.cat([kept, kept + f])]
+def _kept_rows(dense: Tensor, kept: Tensor, width: int) -> Tensor:
+    """The kept rows of each of the parts of `dense`, (parts * width, ...), such as the values and gates of a GEGLU."""
+    return dense.unflatten(0, (-1, width))[:, kept].flatten(0, 1)
 
 
 def _rows_of_heads(dense: Tensor, kept: Tensor, heads: int, padded: bool) -> Tensor:
@@ -117,9 +128,10 @@ def build(
     """The slim UNet. Groups that `ranks` does not name, or names at full width, keep their weights bit for bit.
 
     Weights that do not change are shared with `unet`. `maps` is the rank of the maps for adapters of the dense model;
-    with 0 there are none.
+    with 0 there are none. Convolutions get none in any case.
     """
-    groups = {g.name: g for kinds in (KINDS, ("heads",), ("linear",)) for g in find_groups(unet, kinds=kinds)}
+    every = (*KINDS, "resnet"), ("heads",), ("linear",)
+    groups = {group.name: group for kinds in every for group in find_groups(unet, kinds=kinds)}
     cut = {name: rank for name, rank in ranks.items() if rank < groups[name].width}
     with torch.device("meta"):
         slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut, slim_maps=maps if cut else 0)
@@ -128,7 +140,7 @@ def build(
         found = solutions[name]
         solution = found.solve() if isinstance(found, Curve) else found
         state |= slim_weights(unet, groups[name], solution.at(rank))
-        if maps:
+        if maps and groups[name].kind != "resnet":
             buffers = adapter_maps(groups[name], solution, rank, maps)
             state |= {key: map_.to(unet.dtype) if map_.is_floating_point() else map_ for key, map_ in buffers.items()}
     slim.load_state_dict(state, strict=True, assign=True)

@@ -16,8 +16,11 @@ from slimdiff.plan import short
 
 
 def width_step(group: Group, round_to: int | None) -> int:
-    """The step of a group's widths: 8 for heads and 64 for hidden units, as GPUs like it, and less in small layers."""
-    if group.kind == "heads":
+    """The step of a group's widths: 8 for heads and 64 for hidden units, as GPUs like it, and less in small layers.
+
+    One more channel in each group of a ResNet block's norm is 32 channels in full-size models, so there it is 1.
+    """
+    if group.kind in ("heads", "resnet"):
         return 1
     if group.kind == "ffn":
         return 8 * round_to if round_to else min(64, _power_of_two(group.width / 32))

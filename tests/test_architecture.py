@@ -26,11 +26,13 @@ LAYERS = (
     {"allocate", "commands.parameters", "files", "groups", "linalg", "measured", "options", "outputs", "plan", "recipe",
      "single_file", "source"},
     {"gram", "latency", "lora"},
+    {"patches"},
     {"capture", "checkpoint", "pipeline", "refine", "report.document", "report.results", "report.svg", "report.unet",
      "solve.ffn", "solve.heads", "solve.linear", "solve.qk", "solve.selection", "solve.vo", "solve.whitening",
      "statistics", "surgery", "timing", "widths"},
-    {"inpainting"},
-    {"calibrate", "influence", "methods", "profile", "report.comparison", "report.of_plan", "sequential", "spectra"},
+    {"inpainting", "solve.resnet"},
+    {"calibrate", "influence", "methods", "profile", "report.comparison", "report.of_plan", "sequential", "spectra",
+     "trials"},
     {"compress", "fidelity", "report.of_statistics", "report.page"},
     {"bench", "inspection"},
     {"commands.bench", "commands.calibrate", "commands.compare", "commands.compress", "commands.inspect",
@@ -96,7 +98,7 @@ def test_the_code_that_travels_needs_torch_and_diffusers_only():
 
 def test_only_two_files_know_the_layout_of_a_unet():
     """`groups.py`, and the code that travels alone, which cannot import it."""
-    spelt = {"to_q", "to_k", "to_v", "to_out", "net"}
+    spelt = {"to_q", "to_k", "to_v", "to_out", "net", "conv1", "conv2", "norm2", "time_emb_proj"}
     knowing = set()
     for module, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

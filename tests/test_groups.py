@@ -8,6 +8,7 @@ from conftest import tiny_unet
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from slimdiff.errors import ModelError
@@ -15,6 +16,7 @@ from slimdiff.groups import KINDS, find_groups, names
 
 torch.set_num_threads(1)
 BLOCKS = 7  # one in each down block, one in the middle, two in each up block
+RESNETS = 8  # as many, and one more in the middle
 
 
 def sd_unet(**config: object) -> UNet2DConditionModel:
@@ -48,11 +50,15 @@ def test_every_layer_gives_its_groups_in_the_order_of_the_data():
             layer.register_forward_pre_hook(lambda *_, path=path: met.extend([f"{path}.qk", f"{path}.vo"]))
         elif isinstance(layer, FeedForward):
             layer.register_forward_pre_hook(lambda *_, path=path: met.append(f"{path}.ffn"))
+        elif isinstance(layer, ResnetBlock2D):
+            layer.register_forward_pre_hook(lambda *_, path=path: met.append(f"{path}.resnet"))
     with torch.no_grad():
         unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 8, 12))
+    assert [group.name for group in find_groups(unet, kinds=(*KINDS, "resnet"))] == met
     groups = find_groups(unet)
-    assert [group.name for group in groups] == met
-    assert len(met) == len(set(met)) == 5 * BLOCKS
+    assert [group.name for group in groups] == [name for name in met if not name.endswith(".resnet")]
+    assert len(groups) == len(set(groups)) == 5 * BLOCKS
+    assert len(met) == len(set(met)) == 5 * BLOCKS + RESNETS
     assert {kind: sum(g.kind == kind for g in groups) for kind in KINDS} == {"qk": 14, "vo": 14, "ffn": 7}
     assert all(group.name == f"{group.module}.{group.kind}" for group in groups)
 
@@ -78,6 +84,32 @@ def test_params_are_those_of_the_weights_that_names_lists(make):
         total += group.params
     assert len(listed) == len(set(listed))
     assert total == layer_params(unet)
+
+
+@pytest.mark.parametrize(
+    ("make", "blocks", "widths"),
+    [
+        (tiny_unet, 8, {4, 8}),
+        (lambda: sd_unet(cross_attention_dim=768, attention_head_dim=8), 22, {10, 20, 40}),
+        (lambda: sd_unet(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20)), 22, {10, 20, 40}),
+        (sdxl_unet, 17, {10, 20, 40}),
+        (lambda: tiny_unet(resnet_time_scale_shift="scale_shift"), 8, {4, 8}),
+    ],
+    ids=["tiny", "sd1", "sd2", "sdxl", "scale and shift"],
+)
+def test_resnet_groups_hold_what_lies_between_the_two_convolutions(make, blocks, widths):
+    unet = make()
+    groups, parameters = find_groups(unet, kinds=("resnet",)), dict(unet.named_parameters())
+    assert len(groups) == blocks
+    assert {group.width for group in groups} == widths
+    for group in groups:
+        block, where = unet.get_submodule(group.module), names(unet, group)
+        listed = [*(name for pair in where.into for name in pair), where.out[0], *where.norm]
+        assert group.params == sum(parameters[name].numel() for name in listed)
+        others = [*block.norm1.parameters(), block.conv2.bias]
+        others += [] if block.conv_shortcut is None else block.conv_shortcut.parameters()
+        assert group.params == sum(p.numel() for p in block.parameters()) - sum(p.numel() for p in others)
+        assert group.heads * group.width == block.out_channels
 
 
 def test_biases_of_queries_and_values_are_counted_and_named():

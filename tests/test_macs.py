@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_unet
 from diffusers import UNet2DConditionModel
 
-from slimdiff.groups import find_groups
+from slimdiff.groups import KINDS, find_groups
 from slimdiff.macs import count, token_counts
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 
@@ -21,7 +21,7 @@ def saved(ranks: dict[str, int]) -> tuple[int, int]:
     dense = tiny_unet()
     with torch.device("meta"):
         slim = SlimUNet2DConditionModel.from_config(dense.config, slim_ranks=ranks)
-    groups = {group.name: group for group in find_groups(dense, token_counts(dense, SIZE, TEXT))}
+    groups = {group.name: group for group in find_groups(dense, token_counts(dense, SIZE, TEXT), (*KINDS, "resnet"))}
     counted = count(dense, SIZE, TEXT).total - count(slim, SIZE, TEXT).total
     return counted, sum((groups[name].width - r) * groups[name].macs_per_width for name, r in ranks.items())
 
@@ -61,8 +61,9 @@ def test_tokens_are_those_of_each_level_and_of_the_text():
         {f"{BLOCK}.attn1.qk": 4, f"{BLOCK}.attn1.vo": 4},
         {f"{BLOCK}.attn2.qk": 10, f"{BLOCK}.attn2.vo": 10},
         {f"{BLOCK}.ff.ffn": 24},
+        {"up_blocks.0.resnets.1.resnet": 5},
     ],
-    ids=["self-attention", "cross-attention", "feed-forward"],
+    ids=["self-attention", "cross-attention", "feed-forward", "resnet"],
 )
 def test_a_step_of_width_costs_what_counting_the_slim_unet_says(ranks):
     counted, claimed = saved(ranks)

@@ -136,7 +136,7 @@ def test_json_holds_the_whole_recipe_and_any_change_changes_its_digest():
     changes = (
         {"family": "sd1"}, {"prompts": recipe.prompts[::-1]}, {"negatives": recipe.negatives[::-1]}, {"steps": 21},
         {"guidance_scale": 4.5}, {"height": 56}, {"width": 56}, {"scheduler": None}, {"seed": 1},
-        {"timestep_weights": "sigma"}, {"baselines": True},
+        {"timestep_weights": "sigma"}, {"baselines": True}, {"resnets": True},
     )  # fmt: skip
     assert {key for change in changes for key in change} == recipe.to_json().keys()
     assert len({replace(recipe, **change).digest() for change in changes} | {recipe.digest()}) == len(changes) + 1

@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     XFormersAttnProcessor,
 )
+from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimdiff.slim_unet import SlimAttnProcessor, SlimUNet2DConditionModel, UnequalAttention
@@ -123,6 +124,30 @@ def test_tied_attention_is_what_diffusers_itself_would_build():
     assert shapes(cut) == shapes(stock)
 
 
+@pytest.mark.parametrize("time", ["default", "scale_shift"])
+def test_a_cut_resnet_block_is_what_diffusers_itself_would_build(time):
+    cut = make_unet({"mid_block.resnets.0.resnet": 3}, resnet_time_scale_shift=time).mid_block.resnets[0]
+    stock = ResnetBlock2D(
+        in_channels=32, out_channels=12, conv_2d_out_channels=32, temb_channels=64, groups=4, eps=cut.norm2.eps,
+        time_embedding_norm=time,
+    ).eval()  # fmt: skip
+    assert shapes(cut) == shapes(stock)
+    stock.load_state_dict(cut.state_dict())
+    x, temb = torch.randn(2, 32, 4, 4), torch.randn(2, 64)
+    assert torch.equal(cut(x, temb), stock(x, temb))
+
+
+def test_a_lora_of_the_dense_convolutions_does_not_fit_a_cut_resnet_block():
+    unet = make_unet({"mid_block.resnets.0.resnet": 3}, slim_maps=4)
+    for convolution in ("conv1", "conv2"):
+        name = f"unet.mid_block.resnets.0.{convolution}.lora_"
+        lora = {f"{name}A.weight": torch.zeros(2, 32, 3, 3), f"{name}B.weight": torch.zeros(32, 2, 1, 1)}
+        with pytest.raises(ValueError, match=f"{convolution}, which was cut"):
+            unet.mapped_lora(lora)
+        other = {key.replace("resnets.0", "resnets.1"): x for key, x in lora.items()}
+        assert unet.mapped_lora(other).keys() == other.keys()
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize(
     ("qk", "vo"), [(4, 4), (3, 7), (7, 3), (3, None), (None, 3)], ids=["tied", "qk<vo", "qk>vo", "qk only", "vo only"]
@@ -214,6 +239,9 @@ def test_configuration_round_trip(tmp_path):
         ({f"{DOWN}.attn1.qk": 0}, "attn1.qk is 0.*from 1 to its dense width 8"),
         ({f"{DOWN}.attn1.vo": 9}, "attn1.vo is 9.*dense width 8"),
         ({f"{DOWN}.ff.ffn": 65}, "ff.ffn is 65.*dense width 64"),
+        ({"mid_block.resnets.0.resnet": 9}, "resnet is 9.*dense width 8"),
+        ({"mid_block.resnets.0.conv1.resnet": 1}, "no such group"),
+        ({"mid_block.resnets.0.ffn": 1}, "no such group"),
         ({f"{DOWN}.ff.ffn": 3.0}, "expected an integer"),
         ({f"{DOWN}.ff.ffn": True}, "expected an integer"),
     ],

@@ -25,6 +25,7 @@ from slimdiff.recipe import SCHEDULERS
 @click.option("--lora", "loras", type=LORA, multiple=True, help="Merge FILE[:SCALE] first; may be repeated.")
 @click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
 @click.option("--baselines", is_flag=True, help="Also sum what every other 'compress --method' but svd needs.")
+@click.option("--resnets", is_flag=True, help="Also sum what 'compress --groups qk,vo,ffn,resnet' needs.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
 @click.option("-o", "--output", type=PATH, help="Statistics.  [default: slimdiff-out/<model>/statistics.safetensors]")
 @command

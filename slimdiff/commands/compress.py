@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     "--groups",
     "kinds",
     type=GROUPS,
-    help="Kinds to cut: query-key, value-output, feed-forward.  [default: qk,vo,ffn]",
+    help="Kinds to cut: query-key, value-output, feed-forward; and resnet, the channels inside ResNet blocks, after "
+    "'slimdiff calibrate --resnets'.  [default: qk,vo,ffn]",
 )
 @click.option("--independent-ranks", is_flag=True, help="Let query-key and value-output widths of one layer differ.")
 @click.option(

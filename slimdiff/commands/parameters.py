@@ -14,7 +14,7 @@ import click
 from slimdiff.errors import SlimdiffError
 
 PATH = click.Path(path_type=Path)
-KINDS = ("qk", "vo", "ffn")
+KINDS = ("qk", "vo", "ffn", "resnet")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 

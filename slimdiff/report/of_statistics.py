@@ -21,7 +21,7 @@ ABOUT = ("format", "model", "model_options", "fingerprint", "recipe", "done")
 
 STATISTICS = {
     "q": "Queries", "k": "Keys, centred over each picture", "z": "Head outputs", "g": "Hidden units, guided",
-    "u": "Hidden units", "x": "Inputs of layers", "c": "Text",
+    "u": "Hidden units", "p": "Inputs of convolutions, guided", "x": "Inputs of layers", "c": "Text",
 }  # fmt: skip
 PARTS = ("down", "mid", "up")
 LEGEND = tuple((f"series-{i}", f"{part} blocks" if part != "mid" else "middle") for i, part in enumerate(PARTS))

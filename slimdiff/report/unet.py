@@ -10,7 +10,8 @@ from slimdiff.plan import Entry
 from slimdiff.report.wording import percent
 
 KINDS = {
-    "qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward", "heads": "Heads", "linear": "Matrices",
+    "qk": "Queries and keys", "vo": "Values and outputs", "ffn": "Feed-forward", "resnet": "ResNet blocks",
+    "heads": "Heads", "linear": "Matrices",
 }  # fmt: skip
 LEGEND = (("kept", "kept"), ("full", "full width"))
 LEAD = (

@@ -19,8 +19,10 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 """From the moment of the units, (f, f), and W_2, (C, f), to the units in the order in which they are dropped, (f,)."""
 
 
-def elimination(moment: Tensor, weight: Tensor) -> Tensor:
+def elimination(moment: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
     """Columns of `weight`, (C, f), in the order in which backward elimination drops them, (f,).
+
+    They lie in `parts` of equal size, each of which loses one before any loses another.
 
     Dropping unit j and refitting the rest adds `|w_j|² / P_jj` to the error, where P is the inverse of the moment of
     the units still there and w_j the refitted column: optimal brain surgery (Hassibi & Stork, 1993) on a linear layer.
@@ -32,16 +34,22 @@ def elimination(moment: Tensor, weight: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     products = weight.mT @ weight
     alive = torch.arange(len(inverse), device=inverse.device)
-    dropped = []
+    dropped: list[Tensor] = []
+    paused = torch.zeros(parts, dtype=torch.bool, device=inverse.device)
     while n := len(alive):
         size = min(PANEL, n)
         v, a = inverse.new_zeros(n, size), inverse.new_zeros(n, size)
         diagonal, energy = inverse.diagonal(), products.diagonal()
         gone = torch.zeros(n, dtype=torch.bool, device=inverse.device)
+        part = alive * parts // weight.shape[1]
         for step in range(size):
-            j = (energy / diagonal).masked_fill(gone, torch.inf).argmin()[None]  # a tensor: the GPU need not wait
+            barred = gone | paused[part]
+            j = (energy / diagonal).masked_fill(barred, torch.inf).argmin()[None]  # a tensor: the GPU need not wait
             gone.index_fill_(0, j, True)
             dropped.append(alive[j])
+            paused.index_fill_(0, part[j], True)
+            if len(dropped) % parts == 0:
+                paused.zero_()
             before_v, before_a = v[:, :step], a[:, :step]
             own_v, own_a = before_v[j][0], before_a[j][0]
             p = inverse[j][0] - before_v @ own_v

@@ -18,6 +18,9 @@ class Factors:
     or (C, r), and `bias` what has to be added to the outgoing bias, (C,), None where that is nothing; both are None for
     query-key groups, which have nothing outgoing.
 
+    Of a ResNet block `into` holds the kept channels (r g,) as int64, r of each of the g groups of its norm, and `out`
+    is (C, 9 r g). `norm` is what the norm's outputs on them are to be scaled by and moved by, (r g,) each.
+
     Where whole heads are the width, `into` holds the kept heads (r,) as int64, and `out` is (C, r d_h). Where a single
     matrix is the group, its rank is the width: `into` holds the inner matrix (r, d_in), and `out` is the outer one,
     (d_out, r).
@@ -26,6 +29,7 @@ class Factors:
     into: tuple[Tensor, ...]
     out: Tensor | None = None
     bias: Tensor | None = None
+    norm: tuple[Tensor, Tensor] | None = None
 
 
 class Solution(Protocol):
