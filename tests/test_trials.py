@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from torch.nn.functional import conv2d, group_norm, silu
 
 from slimdiff import checkpoint
 from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options, compress, make_plan
+from slimdiff.compress import Options, compress, make_plan, sweep
 from slimdiff.errors import BudgetError, StatisticsError
 from slimdiff.groups import KINDS, find_groups, inner_layers
 from slimdiff.guidance import guided
 from slimdiff.methods import METHODS, Evidence
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
+from slimdiff.spectra import spectrum
 from slimdiff.states import States
 from slimdiff.statistics import StatisticsFile
 from slimdiff.surgery import build, truncated
@@ -75,6 +77,25 @@ def test_calibration_sums_the_guided_inputs_of_the_second_convolution_on_request
     resumed = statistics.read().grams[f"{group.name}:p"]
     assert torch.equal(resumed.products, found.products)
     assert torch.equal(resumed.sums, found.sums)
+
+
+def test_inspecting_shows_the_pixels_of_the_patches(calibrated):
+    pipe, statistics = calibrated
+    group = find_groups(pipe.unet, kinds=("resnet",))[0]
+    found = spectrum(statistics, f"{group.name}:p")
+    covariance = statistics.patch_moments(f"{group.name}:p").pixels.covariance[0]
+    values = torch.linalg.eigvalsh(covariance).flip(0)
+    torch.testing.assert_close(found.values, values / values.sum(), rtol=1e-2, atol=1e-5)
+    assert found.energy is not None and float(found.energy.sum()) == pytest.approx(1)
+
+
+def test_several_budgets_at_once_give_what_each_gives_alone(calibrated):
+    pipe, statistics = calibrated
+    options = Options(0.0, kinds=("resnet",), probe_prompts=2, probe_steps=2)
+    together = [slim.state_dict() for slim, _ in sweep(pipe, statistics, options, (0.5, 0.3))]
+    for state, budget in zip(together, (0.5, 0.3), strict=True):
+        alone, _ = compress(pipe, statistics, replace(options, budget=budget))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in alone.state_dict().items())
 
 
 def test_statistics_without_these_sums_are_refused_with_the_way_out(calibrated, tmp_path):
