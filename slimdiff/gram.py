@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slimdiff.linalg import pack, unpack
+from slimdiff.linalg import pack, tensor_cores, unpack
 from slimdiff.timesteps import TENTHS
 
 LEAF = 128
@@ -58,7 +56,7 @@ class Gram:
         rows = x.reshape(-1, heads, width).transpose(0, 1).float()
         mean = rows.mean(1, keepdim=True)
         rows = rows - mean
-        with _tensor_cores():
+        with tensor_cores():
             products = _products(rows)
         spread = products.diagonal(dim1=1, dim2=2).double().sum()
         self.energy[tenth] += weight * (spread + rows.shape[1] * mean.double().square().sum())
@@ -84,20 +82,6 @@ class Gram:
 
     def moments(self) -> Moments:
         return Moments(unpack(self.packed, self.mean.shape[1]) / max(self.count, 1), self.mean, self.count)
-
-
-@contextmanager
-def _tensor_cores() -> Iterator[None]:
-    """While inside, CUDA multiplies float32 matrices as TF32, which is many times as fast.
-
-    Factors are rounded to 11 bits, sums are not: noise of 1e-7 of each feature's energy, below the ridge of the solves.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _products(rows: Tensor) -> Tensor:

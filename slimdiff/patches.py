@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from slimdiff.gram import Moments
+from slimdiff.linalg import tensor_cores
 from slimdiff.timesteps import TENTHS
 
 TAPS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1))
@@ -78,7 +79,8 @@ class Patches:
         pixels = pad(pictures, (0, 2, 0, 2)).permute(0, 2, 3, 1).reshape(-1, channels)
         for i, (y, x) in enumerate(SHIFTS):
             offset = y * (width + 2) + x
-            self.products[i] += weight * (pixels[: len(pixels) - offset].mT @ pixels[offset:])
+            with tensor_cores():
+                self.products[i] += weight * (pixels[: len(pixels) - offset].mT @ pixels[offset:])
         for i, (y, x) in enumerate(TAPS):
             seen = pictures[:, :, max(y, 0) : height + min(y, 0), max(x, 0) : width + min(x, 0)]
             self.sums[i] += weight * seen.sum((0, 2, 3))

@@ -42,6 +42,12 @@ UNETS: dict[str, dict[str, Any]] = {
 """What makes a tiny UNet one of each family."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 def tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
     """Two levels of 16 and 32 channels, two heads of 8 and 16, five attention layers of each kind."""
     torch.manual_seed(seed)
