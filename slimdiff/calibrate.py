@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from slimdiff.groups import Group, find_groups
 from slimdiff.guidance import guided
 from slimdiff.inpainting import canvases
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
-from slimdiff.recipe import Recipe
+from slimdiff.recipe import WHOLE, Recipe, Shard
 from slimdiff.source import Source
 from slimdiff.states import recorded
 from slimdiff.statistics import Statistics, StatisticsFile
@@ -62,14 +62,20 @@ def calibrate(
     batch_size: int | None = None,
     resume: bool = True,
     force: bool = False,
+    shard: Shard = WHOLE,
+    show: bool = True,
 ) -> Calibrated:
     """Run `recipe` through `pipe`, on the pipeline's device and dtype, and write the statistics file `output`.
+
+    With a `shard` only that part of its prompts runs, each from the same seed as in the whole, to be merged later.
+    Without `show` there is no progress bar.
 
     A partial file lies beside it meanwhile. Ctrl-C ends the batch at hand and saves; the next call goes on from there
     and ends with the same sums. The batch size changes nothing but rounding.
 
-    Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model or
-    recipe, ModelError for a model without groups, Interrupted on Ctrl-C.
+    Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model,
+    recipe or part, SlimdiffError for a part without prompts, ModelError for a model without groups, Interrupted on
+    Ctrl-C.
     """
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
@@ -77,11 +83,12 @@ def calibrate(
     groups += find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else []
     groups += find_groups(pipe.unet, kinds=("resnet",)) if recipe.resnets else []
     found = fingerprint(pipe.unet)
-    statistics = Statistics(source.reference, dict(source.options), found, recipe, loras=source.loras)
-    if output.exists() and not force:
-        if _is_this(output, statistics):
-            return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)
-        raise OutputError(f"{output} holds another calibration; pass --force to replace it, or -o for another file.")
+    statistics = Statistics(source.reference, dict(source.options), found, recipe, loras=source.loras, shard=shard)
+    prompts = statistics.prompts
+    if not prompts:
+        raise SlimdiffError(f"Part {shard} of {len(recipe.prompts)} prompts is empty; make fewer parts.")
+    if not force and is_there(output, statistics):
+        return Calibrated(output, len(prompts), 0.0, len(prompts), was_there=True)
     unfinished = output.with_name(output.name + ".partial")
     if resume and unfinished.exists():
         statistics = _resumed(unfinished, statistics, pipe.unet.device)
@@ -91,8 +98,8 @@ def calibrate(
     calls, shares = len(pipe.scheduler.timesteps), weights(recipe.timestep_weights, pipe.scheduler)
     saved = time.monotonic()
     with (
-        tqdm(total=len(recipe.prompts) * calls, initial=first * calls, unit="step", disable=None, desc="calibrate",
-             smoothing=0.05) as bar,
+        tqdm(total=len(prompts) * calls, initial=first * calls, unit="step", disable=None if show else True,
+             desc="calibrate", smoothing=0.05) as bar,
         graceful_interrupt() as interrupted,
     ):  # fmt: skip
 
@@ -100,26 +107,26 @@ def calibrate(
             clock.tick(index)
             bar.update(len(chosen))
 
-        for start in range(first, len(recipe.prompts), batch_size):
-            chosen = range(start, min(start + batch_size, len(recipe.prompts)))
+        for done in range(first, len(prompts), batch_size):
+            chosen = prompts[done : done + batch_size]
             clock = Clock(shares)
             canvas = canvases(pipe, recipe, chosen)
             guide = partial(guided, prompts=len(chosen), guidance_scale=recipe.guidance_scale)
             with (
                 captured(pipe.unet, groups, statistics.grams, clock, guide),
-                recorded(pipe.unet, statistics.states, start, len(chosen), calls),
+                recorded(pipe.unet, statistics.states, chosen[0], len(chosen), calls),
             ):
                 latents = paint(pipe, recipe, chosen, step, canvas=canvas)
             if not torch.isfinite(latents).all():
                 raise StatisticsError(
-                    f"The model produced NaN or infinite values for prompts {start} to {chosen[-1]}, in "
+                    f"The model produced NaN or infinite values for prompts {chosen[0]} to {chosen[-1]}, in "
                     f"{pipe.unet.dtype}. Calibrate with --dtype float32, or check the checkpoint."
                 )
-            statistics.done = chosen[-1] + 1
-            if interrupted() and statistics.done < len(recipe.prompts):
+            statistics.done = done + len(chosen)
+            if interrupted() and statistics.done < len(prompts):
                 statistics.write(unfinished)
                 raise Interrupted(
-                    f"Interrupted after {statistics.done} of {len(recipe.prompts)} prompts, all saved in {unfinished}. "
+                    f"Interrupted after {statistics.done} of {len(prompts)} prompts, all saved in {unfinished}. "
                     "The same command goes on from there."
                 )
             if time.monotonic() - saved > SAVE_EVERY:
@@ -130,16 +137,19 @@ def calibrate(
     return Calibrated(output, statistics.done, time.monotonic() - started, first)
 
 
-def _is_this(path: Path, wanted: Statistics) -> bool:
-    try:
-        found = StatisticsFile(path)
-    except StatisticsError:
+def is_there(path: Path, wanted: Statistics) -> bool:
+    """Whether `path` holds a finished calibration of this model, recipe and part.
+
+    Raises OutputError if it holds anything else.
+    """
+    if not path.exists():
         return False
-    return (found.fingerprint, found.recipe, found.done) == (
-        wanted.fingerprint,
-        wanted.recipe,
-        len(wanted.recipe.prompts),
-    )
+    with suppress(StatisticsError):
+        found = StatisticsFile(path)
+        same = (found.fingerprint, found.recipe, found.shard) == (wanted.fingerprint, wanted.recipe, wanted.shard)
+        if same and found.done == len(wanted.prompts):
+            return True
+    raise OutputError(f"{path} holds another calibration; pass --force to replace it, or -o for another file.")
 
 
 def _resumed(unfinished: Path, wanted: Statistics, device: torch.device) -> Statistics:
@@ -148,6 +158,8 @@ def _resumed(unfinished: Path, wanted: Statistics, device: torch.device) -> Stat
         what = f"another model ({found.model})"
     elif found.recipe != wanted.recipe:
         what = "another recipe (prompts, steps, guidance, scheduler, size or seed)"
+    elif found.shard != wanted.shard:
+        what = f"another part of the prompts ({found.shard})"
     else:
         return found.read(device)
     raise StatisticsError(

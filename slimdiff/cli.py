@@ -11,7 +11,9 @@ from slimdiff.commands.compare import compare
 from slimdiff.commands.compress import compress
 from slimdiff.commands.inspect import inspect
 from slimdiff.commands.lora import lora
+from slimdiff.commands.merge import merge
 from slimdiff.commands.profile import profile
+from slimdiff.commands.prompts import prompts
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -34,5 +36,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, profile, inspect, compare, lora):
+for _command in (calibrate, compress, bench, profile, inspect, compare, lora, merge, prompts):
     main.add_command(_command)

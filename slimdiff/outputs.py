@@ -16,6 +16,11 @@ def statistics_path(model: str) -> Path:
     return ROOT / model / "statistics.safetensors"
 
 
+def part_path(whole: Path, part: int, parts: int) -> Path:
+    """Beside the statistics that it is a part of."""
+    return whole.with_name(f"{whole.stem}-{part}-of-{parts}{whole.suffix}")
+
+
 def latency_path(folder: Path) -> Path:
     """Beside the statistics: it serves all of them there."""
     return folder / "latency.json"

@@ -87,6 +87,13 @@ class Patches:
         self.energy[tenth] += weight * pictures.square().sum(dtype=torch.float64)
         self.count += weight * n * height * width
 
+    def merge(self, other: Patches) -> None:
+        """Add the pixels of another, on whatever device."""
+        for name in ("products", "sums", "energy"):
+            ours: Tensor = getattr(self, name)
+            ours += getattr(other, name).to(ours.device)
+        self.count += other.count
+
     def moments(self) -> PatchMoments:
         count = max(self.count, 1)
         return PatchMoments(self.products / count, self.sums / count, self.count)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,40 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
     Raises ModelError if it cannot be read, its UNet is not one of Stable Diffusion's, or a LoRA does not fit.
     """
     loading = stored_dtype(source) if source.loras else dtype  # a LoRA is added to the weights as they are stored
+    with _readable(source):
+        pipe = painter(_read(source, loading))
+    families.check_unet(pipe.unet.config, source.reference)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.eval()
+    merge(pipe, source.loras)
+    return pipe.to(dtype) if source.loras else pipe
+
+
+def load_text(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The pipeline with its tokenizers and text encoders only, which `encode_prompt` needs, on the CPU.
+
+    Raises ModelError if it cannot be read.
+    """
+    without = dict.fromkeys(("unet", "vae", "safety_checker", "feature_extractor", "image_encoder"))
+    with _readable(source):
+        if source.folder is None:
+            return single_file.load(source.reference, None, dtype, **without)
+        config = json.loads((source.folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        kind = families.PAINTERS[families.is_xl(config), False]
+        return kind.from_pretrained(
+            source.folder, variant=source.variant, torch_dtype=dtype, use_safetensors=True, **without
+        )
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    """Load quietly. Raises ModelError for whatever the libraries raise."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = painter(_read(source, loading))
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError) as error:
         raise ModelError(
             f"Cannot load {source.reference}: {str(error).strip().splitlines()[0]} "
@@ -79,13 +111,6 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
         raise ModelError(
             f"Cannot load {source.reference}: a weight file is damaged ({error}). Download it again."
         ) from error
-    families.check_unet(pipe.unet.config, source.reference)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None
-    pipe.set_progress_bar_config(disable=True)
-    pipe.unet.eval()
-    merge(pipe, source.loras)
-    return pipe.to(dtype) if source.loras else pipe
 
 
 def _read(source: Source, dtype: torch.dtype) -> DiffusionPipeline:

@@ -60,6 +60,24 @@ class Recipe:
         return Recipe(**values)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Part `part` of `parts`, counted from 1, of a recipe's prompts."""
+
+    part: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"{self.part}/{self.parts}"
+
+    def of(self, count: int) -> range:
+        """Which of `count` prompts are in this part: consecutive ones, in equal numbers but for one."""
+        return range(count * (self.part - 1) // self.parts, count * self.part // self.parts)
+
+
+WHOLE = Shard(1, 1)
+
+
 def folder() -> Path:
     """The folder with the bundled prompts: inside the installed package, or beside it in a checkout."""
     here = Path(__file__).parent

@@ -59,6 +59,21 @@ class States:
         """Rows that the UNet runs for each state: 2 with classifier-free guidance, else 1."""
         return len(next(iter(self.conditioning.values()))[0])
 
+    def sort(self) -> None:
+        """Put them prompt by prompt, whatever ran in one batch."""
+        order = sorted(range(len(self.prompts)), key=self.prompts.__getitem__)
+        self.samples = [self.samples[i] for i in order]
+        self.timesteps = [self.timesteps[i] for i in order]
+        self.prompts = [self.prompts[i] for i in order]
+
+    def extend(self, later: States) -> None:
+        """Add the states of the prompts that follow."""
+        self.samples += later.samples
+        self.timesteps += later.timesteps
+        self.prompts += later.prompts
+        for name, parts in later.conditioning.items():
+            self.conditioning.setdefault(name, []).extend(parts)
+
     def batches(
         self, chosen: Sequence[int], device: torch.device, dtype: torch.dtype
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -122,6 +137,7 @@ def recorded(unet: nn.Module, states: States, first: int, count: int, calls: int
     finally:
         if handle is not None:
             handle.remove()
+            states.sort()
 
 
 def _record_conditioning(states: States, kwargs: dict[str, Any], row: int, count: int) -> None:

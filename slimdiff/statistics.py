@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from slimdiff.errors import StatisticsError
 from slimdiff.files import replacing
 from slimdiff.gram import Gram, Moments
 from slimdiff.patches import Patches, PatchMoments
-from slimdiff.recipe import Recipe
+from slimdiff.recipe import WHOLE, Recipe, Shard
 from slimdiff.states import States
 
 FORMAT = 2
@@ -34,7 +35,7 @@ FORMAT = 2
 
 @dataclass
 class Statistics:
-    """The sums of a calibration over the first `done` prompts of its recipe."""
+    """The sums of a calibration over the first `done` prompts of its recipe, or of a part of them."""
 
     model: str
     model_options: dict[str, str]
@@ -44,11 +45,24 @@ class Statistics:
     states: States = field(default_factory=States)
     done: int = 0
     loras: tuple[tuple[str, float], ...] = ()
+    shard: Shard = WHOLE
 
-    def write(self, path: Path) -> None:
-        """Write the file whole or not at all. Raises OutputError if it cannot be written."""
-        dtype = torch.float32 if self.done == len(self.recipe.prompts) else torch.float64
-        tensors = {f"{key}.{name}": t for key, gram in self.grams.items() for name, t in _stored(gram, dtype).items()}
+    @property
+    def prompts(self) -> range:
+        """The prompts, by their numbers in the recipe, that it is to cover."""
+        return self.shard.of(len(self.recipe.prompts))
+
+    def write(self, path: Path, grams: Iterable[tuple[str, Gram | Patches]] | None = None) -> None:
+        """Write the file whole or not at all. `grams` gives its own, one at a time, where memory is dear.
+
+        Raises OutputError if it cannot be written.
+        """
+        dtype = torch.float32 if self.done == len(self.prompts) else torch.float64
+        tensors: dict[str, Tensor] = {}
+        tokens: dict[str, float] = {}
+        for key, gram in self.grams.items() if grams is None else grams:
+            tensors |= {f"{key}.{name}": tensor for name, tensor in _stored(gram, dtype).items()}
+            tokens[key] = gram.count
         tensors |= {f"states.{name}": tensor.contiguous() for name, tensor in self.states.tensors().items()}
         metadata = {
             "format": FORMAT,
@@ -57,8 +71,9 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "loras": self.loras,
             "recipe": self.recipe.to_json(),
+            "shard": (self.shard.part, self.shard.parts),
             "done": self.done,
-            "tokens": {key: gram.count for key, gram in self.grams.items()},
+            "tokens": tokens,
             "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__,
                          "transformers": transformers.__version__},
             "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
@@ -142,8 +157,18 @@ class StatisticsFile:
         return Recipe.from_json(self.metadata["recipe"])
 
     @property
+    def shard(self) -> Shard:
+        return Shard(*self.metadata.get("shard", (1, 1)))
+
+    @property
     def done(self) -> int:
+        """Prompts that were run."""
         return int(self.metadata["done"])
+
+    @property
+    def prompts(self) -> range:
+        """The prompts, by their numbers in the recipe, that it is to cover."""
+        return self.shard.of(len(self.recipe.prompts))
 
     def digest(self) -> str:
         """Names the file's whole content: its metadata hold the checksums of all tensors."""
@@ -204,17 +229,27 @@ class StatisticsFile:
         """Everything at once, to go on adding to it."""
         grams = {key: self.sums(key, device) for key in self.metadata["tokens"]}
         return Statistics(
-            self.model, self.model_options, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras
-        )
+            self.model, self.model_options, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras,
+            self.shard,
+        )  # fmt: skip
 
     def check_model(self, fingerprint: str, reference: str) -> None:
-        """Raises StatisticsError if the file belongs to another model or was not finished."""
+        """Raises StatisticsError if the file belongs to another model, was not finished, or is a part."""
         if fingerprint != self.fingerprint:
             raise StatisticsError(
                 f"{self.path} was made from another model ({self.model}, fingerprint {self.fingerprint[:12]}) than "
                 f"{reference} (fingerprint {fingerprint[:12]}). Calibrate this model, or pass its own statistics file."
             )
-        if self.done < len(self.recipe.prompts):
+        self.check_finished()
+        if self.shard.parts > 1:
             raise StatisticsError(
-                f"{self.path} covers {self.done} of {len(self.recipe.prompts)} prompts; let 'slimdiff calibrate' end."
+                f"{self.path} is part {self.shard} of a calibration, {self.done} of {len(self.recipe.prompts)} "
+                "prompts. Put all parts together with 'slimdiff merge PART... -o ALL' and pass what that writes."
+            )
+
+    def check_finished(self) -> None:
+        """Raises StatisticsError if prompts are missing that it is to cover."""
+        if self.done < len(self.prompts):
+            raise StatisticsError(
+                f"{self.path} covers {self.done} of {len(self.prompts)} prompts; let 'slimdiff calibrate' end."
             )

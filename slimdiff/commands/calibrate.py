@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import LORA, PATH, command, model_options, picture_options, say
+from slimdiff.commands.parameters import LORA, PATH, SHARD, command, model_options, picture_options, say
 from slimdiff.recipe import SCHEDULERS
 
 
@@ -26,6 +26,7 @@ from slimdiff.recipe import SCHEDULERS
 @click.option("--resume/--no-resume", default=True, help="Go on from an unfinished run of this job.")
 @click.option("--baselines", is_flag=True, help="Also sum what every other 'compress --method' but svd needs.")
 @click.option("--resnets", is_flag=True, help="Also sum what 'compress --groups qk,vo,ffn,resnet' needs.")
+@click.option("--shard", type=SHARD, help="Only this part of the prompts, as in 3/16; 'slimdiff merge' adds up all.")
 @click.option("--force", is_flag=True, help="Replace a statistics file of another calibration.")
 @click.option("-o", "--output", type=PATH, help="Statistics.  [default: slimdiff-out/<model>/statistics.safetensors]")
 @command
@@ -43,6 +44,7 @@ def calibrate(
     vae: str | None,
     loras: tuple[tuple[str, float], ...],
     resume: bool,
+    shard: tuple[int, int] | None,
     force: bool,
     output: Path | None,
     **changes: Any,
@@ -51,25 +53,44 @@ def calibrate(
 
     With --lora, 'compress' and 'bench' merge the same LoRAs. Ctrl-C saves; the same command goes on from there. The
     miniature takes minutes on a CPU; a full-size model wants a GPU and takes as long as painting 500 pictures.
+
+    Several GPUs share the prompts: accelerate launch --multi_gpu -m slimdiff calibrate ... (or torchrun). Machines that
+    do not see each other run a --shard each.
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise click.BadParameter(f"'{batch_size}' is neither auto nor a positive number.", param_hint="--batch-size")
-    from slimdiff import pipeline, recipe, source
+    from slimdiff import pipeline, ranks, recipe, source
     from slimdiff.calibrate import calibrate as run
 
-    chosen = None if prompts is None else recipe.read_prompts(prompts, column)
-    on = pipeline.device_of(device)
-    dense = source.find(model, variant=variant, revision=revision, config=config, vae=vae).with_loras(loras)
-    output = output or outputs.statistics_path(dense.name)
-    say(f"model: {dense.reference}   device: {on}   output: {output}")
-    pipe = pipeline.load(dense, pipeline.dtype_of(dtype, on)).to(on)
-    family, size = pipeline.family(pipe, dense), pipeline.native_size(pipe)
-    job = recipe.family_recipe(family, size, prompts=chosen, num_prompts=num_prompts, **changes)
-    say(
-        f"recipe: {len(job.prompts)} prompts x {job.steps} steps, guidance {job.guidance_scale:g}, "
-        f"{job.width}x{job.height} px, family {job.family}"
-    )
-    batch = None if batch_size == "auto" else int(batch_size)
-    done = run(pipe, dense, job, output, batch_size=batch, resume=resume, force=force)
-    click.echo(f"{output}: {done}")
-    say("next: slimdiff compress --budget 0.35")
+    with ranks.launched() as here:
+        if shard and here.world > 1:
+            raise click.UsageError(f"{here.world} processes share the prompts by themselves; leave out --shard.")
+        chosen = None if prompts is None else recipe.read_prompts(prompts, column)
+        on = here.device(device)
+        dense = source.find(model, variant=variant, revision=revision, config=config, vae=vae).with_loras(loras)
+        if output is None:
+            output = outputs.statistics_path(dense.name)
+            output = outputs.part_path(output, *shard) if shard else output
+        tell = say if here.is_main else lambda text: None
+        many = f" x {here.world}" if here.world > 1 else ""
+        tell(f"model: {dense.reference}   device: {on}{many}   output: {output}")
+        pipe = pipeline.load(dense, pipeline.dtype_of(dtype, on)).to(on)
+        family, size = pipeline.family(pipe, dense), pipeline.native_size(pipe)
+        job = recipe.family_recipe(family, size, prompts=chosen, num_prompts=num_prompts, **changes)
+        tell(
+            f"recipe: {len(job.prompts)} prompts x {job.steps} steps, guidance {job.guidance_scale:g}, "
+            f"{job.width}x{job.height} px, family {job.family}" + (f", part {shard[0]}/{shard[1]}" if shard else "")
+        )
+        batch = None if batch_size == "auto" else int(batch_size)
+        options: dict[str, Any] = {"batch_size": batch, "resume": resume, "force": force}
+        if here.world > 1:
+            done = ranks.calibrate_together(here, pipe, dense, job, output, **options)
+        else:
+            done = run(pipe, dense, job, output, shard=recipe.Shard(*shard) if shard else recipe.WHOLE, **options)
+        if here.is_main:
+            click.echo(f"{output}: {done}")
+        tell(
+            "next: slimdiff merge PART..., when all parts are there"
+            if shard
+            else "next: slimdiff compress --budget 0.35"
+        )

@@ -71,8 +71,15 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"'{text}' is not a part: the first of 16 is 1/16, the last 16/16.")
+    return int(part), int(parts)
+
+
 SHARES, GROUPS, SIZES = Parsed("shares", _shares), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
-LORA = Parsed("file[:scale]", _lora)
+LORA, SHARD = Parsed("file[:scale]", _lora), Parsed("part/parts", _shard)
 
 
 def say(text: str) -> None:

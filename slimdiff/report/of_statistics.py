@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from slimdiff.influence import FLOOR, Points
+from slimdiff.recipe import Shard
 from slimdiff.report.document import card, definitions, details, document, figure, section, table
 from slimdiff.report.svg import Axis, Series, chart, percents, power
 from slimdiff.report.unet import KINDS, place
@@ -16,7 +17,7 @@ from slimdiff.report.wording import Row, columns, count, percent
 from slimdiff.spectra import Spectrum
 from slimdiff.timesteps import TENTHS
 
-ABOUT = ("format", "model", "model_options", "fingerprint", "recipe", "done")
+ABOUT = ("format", "model", "model_options", "fingerprint", "recipe", "shard", "done")
 """What of the metadata is shown."""
 
 STATISTICS = {
@@ -42,7 +43,7 @@ class StatisticsView:
         done, of = self.metadata["done"], len(recipe["prompts"])
         return [
             ("model", str(self.metadata["model"])),
-            ("prompts", f"{done}" if done == of else f"{done} of {of}, unfinished"),
+            ("prompts", f"{done}" if done == of else f"{done} of {of}, {self._why_not_all()}"),
             (
                 "recipe",
                 f"{recipe['steps']} steps, guidance {recipe['guidance_scale']:g}, {recipe['width']}x{recipe['height']} "
@@ -51,6 +52,11 @@ class StatisticsView:
             ("statistics", f"{len(self.spectra)}, of {count(sum(s.tokens for s in self.spectra))} tokens together"),
             ("influence", "; ".join(self.runs) or "not probed yet"),
         ]
+
+    def _why_not_all(self) -> str:
+        shard, of = Shard(*self.metadata.get("shard", (1, 1))), len(self.metadata["recipe"]["prompts"])
+        part = f"part {shard}" if shard.parts > 1 else ""
+        return part if self.metadata["done"] == len(shard.of(of)) else f"{part} unfinished".strip()
 
     def spectrum_rows(self) -> list[Row]:
         head = ("statistic", "heads", "width", "tokens", "effective rank", "condition", "width for 90%", "for 99%")

@@ -1,0 +1,52 @@
+"""`slimdiff prompts`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from slimdiff.commands.parameters import PATH, command, model_options, say
+
+
+@click.command()
+@click.option("--from", "pool", type=PATH, required=True, help="Pool of prompts: .txt (one a line), .csv or .jsonl.")
+@click.option("--column", default="prompt", help="Prompt column of a .csv or .jsonl file.")
+@click.option("--select", type=click.IntRange(1), default=500, help="Prompts to choose.")
+@click.option("--model", help="Model whose text encoders read them.  [default: the miniature]")
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option(
+    "-o", "--output", type=PATH, required=True, help="The chosen prompts, a .txt file, the first choice first."
+)
+@command
+def prompts(
+    pool: Path,
+    column: str,
+    select: int,
+    model: str | None,
+    device: str,
+    dtype: str,
+    variant: str | None,
+    as_json: bool,
+    force: bool,
+    output: Path,
+) -> None:
+    """Choose few prompts that cover a large pool, for 'calibrate --prompts'.
+
+    Takes the prompts whose embeddings, as the model's text encoders make them, span the most volume. Any first part of
+    the outcome is the choice of so many. Prints how much of the pool they explain, beside random choices of as many.
+    Loads tokenizers and text encoders only.
+    """
+    from slimdiff import pipeline, recipe, source
+    from slimdiff import prompts as chooser
+
+    chooser.check_output(output, force)
+    texts, on = recipe.read_prompts(pool, column), pipeline.device_of(device)
+    reader = pipeline.load_text(source.find(model, variant=variant), pipeline.dtype_of(dtype, on)).to(on)
+    chosen = chooser.choose(reader, texts, select)
+    chooser.write(chosen.prompts, output)
+    click.echo(json.dumps(chosen.to_json(), indent=1, ensure_ascii=False) if as_json else str(chosen))
+    say(f"prompts: {output}\nnext: slimdiff calibrate MODEL --prompts {output}")
