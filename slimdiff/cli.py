@@ -27,6 +27,8 @@ def main() -> None:
     slimdiff bench                      dense against slim: speed, memory, size, and how far the pictures moved
 
     \b
+    slimdiff prompts --from POOL ...    few prompts out of many, to calibrate on
+    slimdiff merge PART...              parts of a calibration that several machines ran, added up
     slimdiff inspect PATH               what is in a statistics file, a plan or a slim checkpoint
     slimdiff compare RUN RUN ...        several benchmarks: quality against speed
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_pipeline, tiny_unet
 from test_calibrate import RECIPE, SOURCE, assert_close, interrupt_after, sums
+from test_cli import QUICK, run
 
 from slimdiff import states
 from slimdiff.calibrate import Interrupted, calibrate
@@ -132,3 +133,22 @@ def test_unfinished_parts_are_refused(parts, tmp_path):
 def test_more_parts_than_prompts(pipe, tmp_path):
     with pytest.raises(SlimdiffError, match=r"Part 1/9 of 5 prompts is empty; make fewer parts"):
         calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", shard=Shard(1, 9))
+
+
+def test_parts_are_calibrated_merged_and_compressed_by_command(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("calibrate", model_folder, *QUICK, "--shard", "2/2")
+    out = run("calibrate", model_folder, *QUICK, "--shard", "1/2")
+    assert "part 1/2" in out and "next: slimdiff merge" in out
+    one, two = (Path(f"slimdiff-out/tiny/statistics-{n}-of-2.safetensors") for n in (1, 2))
+    options = ("--influence", "local", "--device", "cpu", "--dry-run")
+    assert "slimdiff merge PART... -o ALL" in run("compress", one, *options, code=1)
+    assert "1 of 2, part 1/2" in run("inspect", one)
+    assert "--shard 2/2" in run("merge", one, code=1)
+    assert "2 prompts of 2 parts" in run("merge", two, one)
+    assert "achieved" in run("compress", *options)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "1/2/3", "-1/4"])
+def test_what_is_no_part_is_a_usage_error(text, tmp_path):
+    assert "the first of 16 is 1/16" in run("calibrate", "--shard", text, "-o", tmp_path / "s", code=2)

@@ -8,10 +8,37 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_calibrate import assert_close, sums
 from test_cli import run
 
+from slimdiff.errors import SlimdiffError
+from slimdiff.ranks import Ranks, launched
+
 QUICK = ["--num-prompts", "3", "--steps", "2", "--device", "cpu"]
+
+
+def test_alone_without_a_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with launched() as here:
+        assert here.is_main and here.world == 1 and here.device("cpu") == torch.device("cpu")
+        here.wait()
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [Ranks(rank, 4, rank % 2).device("auto") for rank in range(4)] == [
+        torch.device("cuda", local) for local in (0, 1, 0, 1)
+    ]
+    assert taken == [0, 1, 0, 1]
+    with pytest.raises(SlimdiffError, match="2 GPUs here for more processes"):
+        Ranks(2, 3, 2).device("cuda")
+    with pytest.raises(SlimdiffError, match="leave out --device cuda:1"):
+        Ranks(0, 2, 0).device("cuda:1")
+    assert Ranks(1, 2, 1).device("cpu") == torch.device("cpu")
 
 
 def launch(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -89,8 +89,5 @@ def calibrate(
             done = run(pipe, dense, job, output, shard=recipe.Shard(*shard) if shard else recipe.WHOLE, **options)
         if here.is_main:
             click.echo(f"{output}: {done}")
-        tell(
-            "next: slimdiff merge PART..., when all parts are there"
-            if shard
-            else "next: slimdiff compress --budget 0.35"
-        )
+        following = "merge PART..., when all parts are there" if shard else "compress --budget 0.35"
+        tell(f"next: slimdiff {following}")
