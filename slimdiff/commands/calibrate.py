@@ -54,8 +54,8 @@ def calibrate(
     With --lora, 'compress' and 'bench' merge the same LoRAs. Ctrl-C saves; the same command goes on from there. The
     miniature takes minutes on a CPU; a full-size model wants a GPU and takes as long as painting 500 pictures.
 
-    Several GPUs share the prompts: 'accelerate launch -m slimdiff calibrate ...' (or torchrun). Machines that do not see
-    each other run a --shard each.
+    Several GPUs share the prompts: 'accelerate launch -m slimdiff calibrate ...' (or torchrun). Machines that do not
+    see each other run a --shard each.
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise click.BadParameter(f"'{batch_size}' is neither auto nor a positive number.", param_hint="--batch-size")
