@@ -85,7 +85,7 @@ def load_text(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPi
     without = dict.fromkeys(("unet", "vae", "safety_checker", "feature_extractor", "image_encoder"))
     with _readable(source):
         if source.folder is None:
-            return single_file.load(source.reference, None, dtype, **without)
+            return single_file.load(source.reference, source.options.get("config"), dtype, **without)
         config = json.loads((source.folder / "unet" / "config.json").read_text(encoding="utf-8"))
         kind = families.PAINTERS[families.is_xl(config), False]
         return kind.from_pretrained(

@@ -44,6 +44,17 @@ def test_parts_hold_every_prompt_once_and_in_order(count, of):
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
+def test_all_kinds_of_sums_are_merged(pipe, tmp_path):
+    job = replace(RECIPE, baselines=True, resnets=True, timestep_weights="decreasing")
+    for n in (1, 2):
+        calibrate(pipe, SOURCE, job, tmp_path / f"{n}", shard=Shard(n, 2))
+    calibrate(pipe, SOURCE, job, tmp_path / "whole")
+    merge([tmp_path / "1", tmp_path / "2"], tmp_path / "all")
+    whole = sums(tmp_path / "whole")
+    assert any(name.endswith("shifted") for name in whole)
+    assert_close(whole, sums(tmp_path / "all"), tolerance=1e-4)
+
+
 def test_merged_parts_are_the_whole(parts, pipe, tmp_path):
     *pieces, whole = parts
     assert [StatisticsFile(path).done for path in pieces] == [1, 2, 2]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slimdiff import checkpoint, pipeline, source
 from slimdiff.cli import main
 from slimdiff.errors import ModelError
+from slimdiff.prompts import embeddings
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd1-inpainting", "sdxl"])
@@ -66,6 +67,14 @@ def test_a_single_file_gives_the_slim_checkpoint_of_its_folder(model, tmp_path):
     plans = [json.loads((tmp_path / name / "slimdiff/plan.json").read_text()) for name in "ab"]
     assert plans[0]["entries"] == plans[1]["entries"]
     assert plans[1]["provenance"]["model_options"] == {"config": str(folder)}
+
+
+def test_the_text_encoders_of_a_single_file_are_those_of_its_folder(model):
+    folder, file = model
+    ours = pipeline.load_text(source.find(str(file), config=str(folder)))
+    theirs = pipeline.load_text(source.find(str(folder)))
+    assert ours.unet is None and ours.vae is None
+    assert (embeddings(ours, ["a cat"]) == embeddings(theirs, ["a cat"])).all()
 
 
 def test_without_network_a_single_file_asks_for_configs(model, monkeypatch):

@@ -15,6 +15,7 @@ from slimdiff.commands.parameters import PATH, command, model_options, say
 @click.option("--column", default="prompt", help="Prompt column of a .csv or .jsonl file.")
 @click.option("--select", type=click.IntRange(1), default=500, help="Prompts to choose.")
 @click.option("--model", help="Model whose text encoders read them.  [default: the miniature]")
+@click.option("--config", help="Diffusers folder or hub id that gives a single file its configs.  [default: the hub's]")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -27,6 +28,7 @@ def prompts(
     column: str,
     select: int,
     model: str | None,
+    config: str | None,
     device: str,
     dtype: str,
     variant: str | None,
@@ -45,7 +47,7 @@ def prompts(
 
     chooser.check_output(output, force)
     texts, on = recipe.read_prompts(pool, column), pipeline.device_of(device)
-    reader = pipeline.load_text(source.find(model, variant=variant), pipeline.dtype_of(dtype, on)).to(on)
+    reader = pipeline.load_text(source.find(model, variant=variant, config=config), pipeline.dtype_of(dtype, on)).to(on)
     chosen = chooser.choose(reader, texts, select)
     chooser.write(chosen.prompts, output)
     click.echo(json.dumps(chosen.to_json(), indent=1, ensure_ascii=False) if as_json else str(chosen))
