@@ -38,7 +38,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import slimdiff
 from slimdiff import checkpoint, pipeline, recipe, source
-from slimdiff.calibrate import calibrate
+from slimdiff.calibrate import collect
 from slimdiff.compress import make_plan
 from slimdiff.gram import Gram
 from slimdiff.groups import find_groups, probes
@@ -126,7 +126,7 @@ class Chain:
                     made.grams[probe.key].add(tokens + tokens.roll(1, -1))  # neighbours are alike
             made.write(self.statistics_path)
         else:
-            calibrate(pipe, dense, job, self.statistics_path, batch_size=args.batch_size, force=True)
+            collect(pipe, dense, job, self.statistics_path, batch_size=args.batch_size, force=True)
         rows = 0 if args.synthetic else 2 * len(job.prompts) * job.steps
         return {"unet_rows": rows, "statistics_bytes": self.statistics_path.stat().st_size}
 

@@ -29,8 +29,8 @@ from diffusers import DiffusionPipeline
 from yardstick import DEFAULT, GOALS, OF, PLAIN, Curve, Row, Yardstick, errors, mean, pick, spread
 
 from slimdiff import methods, pipeline, recipe, source
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import compress
+from slimdiff.calibrate import collect
+from slimdiff.compress import cut
 from slimdiff.demo import scenes
 from slimdiff.errors import BudgetError, SlimdiffError
 from slimdiff.groups import KINDS, Kind, find_groups
@@ -176,7 +176,7 @@ class Bench:
         job = recipe.family_recipe("demo", size, prompts=captions, num_prompts=prompts, **changes)
         parts = [f"seed-{seed}", f"-prompts-{prompts}" * (prompts != 500), f"-{weights}" * (weights != "uniform")]
         path = self.out / "".join(parts) / "statistics.safetensors"
-        calibrate(self.pipe, self.dense, job, path)
+        collect(self.pipe, self.dense, job, path)
         return StatisticsFile(path)
 
     def _held(self, kinds: tuple[Kind, ...], of: str) -> int:
@@ -192,7 +192,7 @@ class Bench:
         factor = self.held(KINDS, job.of) / self.held(method.kinds, job.of)
         began = time.perf_counter()
         try:
-            slim, plan = compress(self.pipe, file, way.options(factor * job.budget, job.of))
+            slim, plan = cut(self.pipe, file, way.options(factor * job.budget, job.of))
         except BudgetError as error:
             say(f"{way.name} {job.budget:g} of {job.of}: {error}")
             return {"method": way.method, "impossible": str(error)}

@@ -13,8 +13,8 @@ import torch
 import yardstick
 
 from slimdiff import pipeline, recipe, source
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options, compress
+from slimdiff.calibrate import collect
+from slimdiff.compress import Options, cut
 from slimdiff.demo import scenes
 from slimdiff.errors import BudgetError
 from slimdiff.groups import KINDS, find_groups
@@ -39,7 +39,7 @@ def main() -> None:
     pipe = pipeline.load(dense)
     job = recipe.family_recipe("demo", pipeline.native_size(pipe), num_prompts=args.prompts, resnets=True)
     path = args.output / f"statistics-{args.prompts}.safetensors"
-    calibrate(pipe, dense, job, path)
+    collect(pipe, dense, job, path)
     file, tokens = StatisticsFile(path), pipe.tokenizer.model_max_length
     size = (pipe.unet.config.sample_size,) * 2
     whole, pixels = count(pipe.unet, size, tokens).total, token_counts(pipe.unet, size, tokens)
@@ -51,7 +51,7 @@ def main() -> None:
         for kinds in (KINDS, (*KINDS, "resnet")):
             held = denominator(0, find_groups(pipe.unet, pixels, kinds), "macs")
             try:
-                slim, plan = compress(pipe, file, Options(share * whole / held, of="macs", kinds=kinds))
+                slim, plan = cut(pipe, file, Options(share * whole / held, of="macs", kinds=kinds))
             except BudgetError as error:
                 print(f"| {share:.0%} | {','.join(kinds)} | {error} | | | |", flush=True)
                 continue

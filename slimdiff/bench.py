@@ -28,16 +28,21 @@ from slimdiff.plan import Plan
 from slimdiff.report.results import Report
 from slimdiff.timing import paired, peak_growth
 
-__all__ = ["Report", "Settings", "bench"]
+__all__ = ["Report", "Settings", "measure"]
 
 MEMORY_STEPS = 4
 """Most steps of the picture whose memory is measured: multistep schedulers keep up to four predictions."""
 
 
-def bench(
-    dense: DiffusionPipeline, slim: DiffusionPipeline, plan: Plan, settings: Settings, *, sizes: tuple[int, int]
+def measure(
+    dense: DiffusionPipeline,
+    slim: DiffusionPipeline,
+    plan: Plan,
+    settings: Settings,
+    *,
+    sizes: tuple[int, int] | None = None,
 ) -> Report:
-    """Compare two pipelines on the same device; `sizes` are the bytes of their checkpoints, dense first.
+    """Compare two pipelines on the same device; `sizes` are the bytes of their checkpoints, dense first, if any.
 
     Raises SlimdiffError if they differ in device, precision or scheduler, which would compare something else.
     """
@@ -128,7 +133,7 @@ def _picture_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings:
     return paired(what, lambda: call(dense), lambda: call(slim), pairs=settings.repeats, device=dense.unet.device)
 
 
-def _size(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, sizes: tuple[int, int]) -> Size:
+def _size(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, sizes: tuple[int, int] | None) -> Size:
     latent = settings.height // dense.vae_scale_factor, settings.width // dense.vae_scale_factor
     short, canvas = replace(settings, steps=min(MEMORY_STEPS, settings.steps)), canvases(dense, settings, [0])
 

@@ -53,7 +53,7 @@ class Calibrated:
         return f"{self.prompts} prompts in {self.seconds:.0f} s{again}"
 
 
-def calibrate(
+def collect(
     pipe: DiffusionPipeline,
     source: Source,
     recipe: Recipe,

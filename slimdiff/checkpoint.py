@@ -39,8 +39,9 @@ original. `slimdiff/plan.json` holds every decision. The licence of the original
 
 Without slimdiff (diffusers runs `unet/{module}.py` from this folder):
 
+    import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.float16, trust_remote_code=True)
 
 With slimdiff, which runs no code from here:
 
@@ -89,8 +90,9 @@ def write(
 
     The other components are copied as files from `source`, the local folder that `pipe` was loaded from with
     `variant`, and take plain file names; without `source`, and those `replaced` since, they are saved anew, in the
-    dtype of `unet`. Only safetensors weights are written. The class of the pipeline stays that of `source`, whichever
-    `pipe` has. Text encoders get the weights they have in `pipe` if something was `merged` into it.
+    dtype of `unet`, or as they are if that is the UNet of `pipe`. Only safetensors weights are written. The class of
+    the pipeline stays that of `source`, whichever `pipe` has. Text encoders get the weights they have in `pipe` if
+    something was `merged` into it.
     The folder appears under its name when it is complete, and only then replaces an older one.
 
     Raises OutputError if `output` may not be replaced (see `check_output`) or cannot be written, ModelError if `source`
@@ -100,7 +102,7 @@ def write(
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_components(partial, pipe, source, variant, replaced, unet.dtype)
+        _write_components(partial, pipe, source, variant, replaced, None if pipe.unet is unet else unet.dtype)
         if merged and source is not None:
             for name in ("text_encoder", "text_encoder_2"):
                 if getattr(pipe, name, None) is not None:
@@ -121,16 +123,17 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(path: str | Path, torch_dtype: Any = None, **kwargs: Any) -> DiffusionPipeline:
+def load(path: str | Path, torch_dtype: Any = torch.float32, **kwargs: Any) -> DiffusionPipeline:
     """Load a slim checkpoint with slimdiff's own UNet class; no code from the checkpoint is run.
 
-    `torch_dtype` and `kwargs` are those of `DiffusionPipeline.from_pretrained`. Raises ModelError if `path` is not a
-    slim checkpoint, is of a newer format, or its UNet is damaged.
+    `torch_dtype` and `kwargs` are those of `DiffusionPipeline.from_pretrained`. (Left to guess the dtype, transformers
+    5 keeps that of a text encoder's file, which need not be the UNet's.) Raises ModelError if `path` is not a slim
+    checkpoint, is of a newer format, or its UNet is damaged.
     """
     folder = Path(path)
     dtype = torch_dtype.get("unet", torch_dtype.get("default")) if isinstance(torch_dtype, dict) else torch_dtype
     unet = load_unet(folder, dtype)
-    kwargs = {"use_safetensors": True} | ({} if torch_dtype is None else {"torch_dtype": torch_dtype}) | kwargs
+    kwargs = {"use_safetensors": True, "torch_dtype": torch_dtype} | kwargs
     with warnings.catch_warnings():
         # The new name, `dtype`, would be ignored by the older versions of diffusers that are supported too.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
@@ -217,7 +220,7 @@ def _write_components(
     source: Path | None,
     variant: str | None,
     replaced: Collection[str],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> None:
     own = json.loads(pipe.to_json_string())
     components = {name: part for name, part in pipe.components.items() if name != "unet"}
@@ -239,9 +242,9 @@ def _write_components(
     _write_json(folder / "model_index.json", index)
 
 
-def _save(component: Any, folder: Path, dtype: torch.dtype) -> None:
+def _save(component: Any, folder: Path, dtype: torch.dtype | None) -> None:
     """Under the names that every version of transformers reads: version 5 leaves out a prefix that version 4 needs."""
-    if isinstance(component, torch.nn.Module):
+    if dtype is not None and isinstance(component, torch.nn.Module):
         component.to(dtype)
     if isinstance(component, CLIPTextModel):
         state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in component.state_dict().items()}

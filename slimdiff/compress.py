@@ -30,13 +30,13 @@ from slimdiff.surgery import build
 from slimdiff.trials import try_widths
 from slimdiff.widths import Currency, counted, item, required, units
 
-__all__ = ["Options", "compress"]
+__all__ = ["Options", "cut"]
 
 Times = Callable[[Sequence[Sequence[Group]]], Table]
 """Units that share a width -> a table that knows how long their layers take."""
 
 
-def compress(
+def cut(
     pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, times: Times | None = None
 ) -> tuple[SlimUNet2DConditionModel, Plan]:
     """The slim UNet and its plan; the pipeline's own UNet stays as it is. Runs on the pipeline's device.
@@ -56,17 +56,17 @@ def sweep(
     budgets: Sequence[float],
     times: Times | None = None,
 ) -> Iterator[tuple[SlimUNet2DConditionModel, Plan]]:
-    """What `compress` gives for each of several budgets, of which none is begun unless all can be met.
+    """What `cut` gives for each of several budgets, of which none is begun unless all can be met.
 
-    Groups are solved once for all of them, and probed once. Raises what `compress` raises.
+    Groups are solved once for all of them, and probed once. Raises what `cut` raises.
     """
     wanted = [replace(options, budget=budget) for budget in budgets]
     solved = solve(pipe, statistics, wanted, times)
     for one in wanted:
-        yield _cut(pipe, statistics, one, solved)
+        yield _cut_one(pipe, statistics, one, solved)
 
 
-def _cut(
+def _cut_one(
     pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, solved: Solved
 ) -> tuple[SlimUNet2DConditionModel, Plan]:
     plan, solutions = make_plan(pipe, statistics, options, solved)
@@ -100,7 +100,7 @@ class Solved:
 def solve(
     pipe: DiffusionPipeline, statistics: StatisticsFile, wanted: Sequence[Options], times: Times | None = None
 ) -> Solved:
-    """Solve every group for options that differ in their budget only. See `compress` for what is raised."""
+    """Solve every group for options that differ in their budget only. See `cut` for what is raised."""
     unet, recipe, options = pipe.unet, statistics.recipe, wanted[0]
     method = METHODS[options.method]
     method.check(options.method, _kinds(method, options), recipe)
@@ -128,7 +128,7 @@ def solve(
 def make_plan(
     pipe: DiffusionPipeline, statistics: StatisticsFile, options: Options, solved: Solved | None = None
 ) -> tuple[Plan, dict[str, Solution]]:
-    """The decision, and the solutions it picks widths of; `solved` is made unless it is given. See `compress`."""
+    """The decision, and the solutions it picks widths of; `solved` is made unless it is given. See `cut`."""
     recipe, method = statistics.recipe, METHODS[options.method]
     solved = solved or solve(pipe, statistics, [options])
     groups, solutions, params, macs = solved.groups, solved.solutions, solved.params, solved.macs

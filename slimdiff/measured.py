@@ -103,13 +103,14 @@ class Timing:
 class Size:
     """Dense and slim. `macs` are of one UNet row; sizes are bytes.
 
-    `memory` is the pipeline's own weights plus what making one picture adds at its peak, None if it cannot be measured.
+    `checkpoint` is of the UNets' weight files, None where there are none. `memory` is the pipeline's own weights plus
+    what making one picture adds at its peak, None if it cannot be measured.
     """
 
     parameters: tuple[int, int]
     macs: tuple[Macs, Macs]
     weights: tuple[int, int]
-    checkpoint: tuple[int, int]
+    checkpoint: tuple[int, int] | None
     memory: tuple[int, int] | None
 
     @property

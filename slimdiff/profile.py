@@ -125,6 +125,22 @@ def cached(
     return table
 
 
+def tables(
+    pipe: DiffusionPipeline,
+    job: Recipe,
+    kept: Path,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+    given: Path | None = None,
+) -> Callable[[Sequence[Sequence[Group]]], Table]:
+    """How a budget in time finds its table for the units that may be cut: the file `given`, else `cached` at `kept`."""
+
+    def find(units: Sequence[Sequence[Group]]) -> Table:
+        return Table.read(given) if given else cached(kept, pipe, units, conditions_of(pipe, job, 1, dtype), say)
+
+    return find
+
+
 def shapes(pipe: DiffusionPipeline, units: Sequence[Sequence[Group]], conditions: Conditions) -> dict[str, Shape]:
     """The shape of each unit's layer under these conditions, by the name of the unit's first group."""
     twin, arguments = _recorded(pipe, units, conditions)

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import distributed
 
-from slimdiff.calibrate import Calibrated, calibrate, is_there
+from slimdiff.calibrate import Calibrated, collect, is_there
 from slimdiff.errors import SlimdiffError
 from slimdiff.merge import merge
 from slimdiff.outputs import part_path
@@ -85,12 +85,12 @@ def launched() -> Iterator[Ranks]:
 def calibrate_together(
     ranks: Ranks, pipe: DiffusionPipeline, source: Source, recipe: Recipe, output: Path, *, force: bool, **options: Any
 ) -> Calibrated:
-    """`calibrate` with the prompts shared out: each process writes its part beside `output`, the main one merges them.
+    """`collect` with the prompts shared out: each process writes its part beside `output`, the main one merges them.
 
     Parts stay until they are merged, so that after an error or Ctrl-C the same launch goes on from what was saved.
     Several machines have to see the same folder.
 
-    Raises what `calibrate` and `merge` raise, and SlimdiffError if another process ended early.
+    Raises what `collect` and `merge` raise, and SlimdiffError if another process ended early.
     """
     if output.exists() and not force:
         wanted = Statistics(source.reference, dict(source.options), fingerprint(pipe.unet), recipe)
@@ -98,7 +98,7 @@ def calibrate_together(
         return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)
     parts = [part_path(output, n, ranks.world) for n in range(1, ranks.world + 1)]
     shard = Shard(ranks.rank + 1, ranks.world)
-    done = calibrate(
+    done = collect(
         pipe, source, recipe, parts[ranks.rank], force=force, shard=shard, show=ranks.is_main, **options
     )  # fmt: skip
     ranks.wait()

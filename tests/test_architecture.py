@@ -35,6 +35,7 @@ LAYERS = (
      "sequential", "spectra", "trials"},
     {"compress", "fidelity", "ranks", "report.of_statistics", "report.page"},
     {"bench", "inspection"},
+    {"api"},
     {"commands.bench", "commands.calibrate", "commands.compare", "commands.compress", "commands.inspect",
      "commands.lora", "commands.merge", "commands.profile", "commands.prompts"},
     {"cli"},

@@ -15,7 +15,7 @@ from conftest import tiny_pipeline
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from slimdiff import fidelity, timing
-from slimdiff.bench import Report, Settings, bench
+from slimdiff.bench import Report, Settings, measure
 from slimdiff.demo import scenes
 from slimdiff.errors import SlimdiffError
 from slimdiff.groups import find_groups
@@ -69,7 +69,7 @@ def plan_of(unet: UNet2DConditionModel, share: float = 1.0) -> Plan:
 
 @pytest.fixture(scope="module")
 def same(dense: StableDiffusionPipeline) -> Report:
-    return bench(dense, dense, plan_of(dense.unet), replace(SETTINGS, repeats=5), sizes=(1000, 1000))
+    return measure(dense, dense, plan_of(dense.unet), replace(SETTINGS, repeats=5), sizes=(1000, 1000))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def cut(dense: StableDiffusionPipeline) -> Report:
     plan = plan_of(dense.unet, 0.5)
     torch.manual_seed(2)
     unet = SlimUNet2DConditionModel.from_config(dense.unet.config, slim_ranks=plan.ranks()).requires_grad_(False).eval()
-    return bench(dense, with_unet(dense, unet), plan, SETTINGS, sizes=(1000, 700))
+    return measure(dense, with_unet(dense, unet), plan, SETTINGS, sizes=(1000, 700))
 
 
 def test_a_model_does_not_drift_from_itself(same: Report) -> None:
@@ -190,7 +190,7 @@ def test_picking_never_shows_one_twice_and_copes_with_few() -> None:
 def test_a_broken_model_is_infinitely_wrong(dense: StableDiffusionPipeline) -> None:
     broken = copy.deepcopy(dense.unet)
     broken.conv_out.bias.data[0] = torch.nan
-    report = bench(dense, with_unet(dense, broken), plan_of(dense.unet), replace(SETTINGS, repeats=1), sizes=(1, 1))
+    report = measure(dense, with_unet(dense, broken), plan_of(dense.unet), replace(SETTINGS, repeats=1), sizes=(1, 1))
     assert all(math.isinf(drift) for drift in report.fidelity.drift)
     assert "not finite" in report.table()
     json.dumps(report.to_json(), allow_nan=False)
@@ -274,11 +274,11 @@ def test_peak_memory_of_known_tensors() -> None:
 def test_models_that_cannot_be_compared_are_refused(dense: StableDiffusionPipeline) -> None:
     other = with_unet(dense, copy.deepcopy(dense.unet).half())
     with pytest.raises(SlimdiffError, match="differ in precision"):
-        bench(dense, other, plan_of(dense.unet), SETTINGS, sizes=(1, 1))
+        measure(dense, other, plan_of(dense.unet), SETTINGS, sizes=(1, 1))
     other = with_unet(dense, dense.unet)
     other.scheduler = DDIMScheduler.from_config(dense.scheduler.config, beta_end=0.02)
     with pytest.raises(SlimdiffError, match="differ in scheduler"):
-        bench(dense, other, plan_of(dense.unet), SETTINGS, sizes=(1, 1))
+        measure(dense, other, plan_of(dense.unet), SETTINGS, sizes=(1, 1))
 
 
 @pytest.mark.parametrize(

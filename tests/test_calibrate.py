@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
 
-from slimdiff.calibrate import Interrupted, calibrate, fitting_batch_size
+from slimdiff.calibrate import Interrupted, collect, fitting_batch_size
 from slimdiff.errors import OutputError, StatisticsError
 from slimdiff.groups import find_groups
 from slimdiff.recipe import Recipe
@@ -57,8 +57,8 @@ def test_a_batch_that_does_not_fit_is_made_smaller_before_anything_is_summed(pip
 
 
 def test_batch_size_changes_nothing_but_rounding(pipe, tmp_path):
-    calibrate(pipe, SOURCE, RECIPE, tmp_path / "one", batch_size=1)
-    calibrate(pipe, SOURCE, RECIPE, tmp_path / "all", batch_size=5)
+    collect(pipe, SOURCE, RECIPE, tmp_path / "one", batch_size=1)
+    collect(pipe, SOURCE, RECIPE, tmp_path / "all", batch_size=5)
     one, all_ = StatisticsFile(tmp_path / "one"), StatisticsFile(tmp_path / "all")
     assert one.metadata["tokens"] == all_.metadata["tokens"]
     keys = [name for name in sums(tmp_path / "one") if not name.startswith("states.")]
@@ -66,7 +66,7 @@ def test_batch_size_changes_nothing_but_rounding(pipe, tmp_path):
 
 
 def test_all_timesteps_and_both_halves_of_guidance_are_counted(pipe, tmp_path):
-    calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+    collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
     tokens = StatisticsFile(tmp_path / "s").metadata["tokens"]
     first = find_groups(pipe.unet)[0]
     # 5 prompts x 2 halves x 3 steps x 64 positions of the first, 8 x 8, level
@@ -74,8 +74,8 @@ def test_all_timesteps_and_both_halves_of_guidance_are_counted(pipe, tmp_path):
 
 
 def test_other_seeds_and_prompts_give_other_sums(pipe, tmp_path):
-    calibrate(pipe, SOURCE, RECIPE, tmp_path / "a", batch_size=5)
-    calibrate(pipe, SOURCE, replace(RECIPE, seed=6), tmp_path / "b", batch_size=5)
+    collect(pipe, SOURCE, RECIPE, tmp_path / "a", batch_size=5)
+    collect(pipe, SOURCE, replace(RECIPE, seed=6), tmp_path / "b", batch_size=5)
     a, b = sums(tmp_path / "a"), sums(tmp_path / "b")
     assert any(not torch.allclose(a[k], b[k], rtol=1e-3) for k in a if k.endswith("products"))
 
@@ -95,12 +95,12 @@ def interrupt_after(pipe, calls: int) -> None:
 
 def test_ctrl_c_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    calibrate(pipe, SOURCE, RECIPE, whole, batch_size=2)
+    collect(pipe, SOURCE, RECIPE, whole, batch_size=2)
     interrupt_after(pipe, 2)
     with pytest.raises(Interrupted, match=r"2 of 5 prompts"):
-        calibrate(pipe, SOURCE, RECIPE, stopped, batch_size=2)
+        collect(pipe, SOURCE, RECIPE, stopped, batch_size=2)
     assert not stopped.exists()
-    result = calibrate(pipe, SOURCE, RECIPE, stopped, batch_size=2)
+    result = collect(pipe, SOURCE, RECIPE, stopped, batch_size=2)
     assert result.resumed_at == 2
     assert_close(sums(whole), sums(stopped), tolerance=0.0)
     assert not stopped.with_name("stopped.partial").exists()
@@ -109,26 +109,26 @@ def test_ctrl_c_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path):
 def test_partial_of_another_job_is_not_resumed(pipe, tmp_path):
     interrupt_after(pipe, 1)
     with pytest.raises(Interrupted):
-        calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+        collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
     with pytest.raises(StatisticsError, match="another recipe"):
-        calibrate(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=2)
+        collect(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=2)
     other = tiny_pipeline(tmp_path / "tokenizer", tiny_unet(seed=3))
     with pytest.raises(StatisticsError, match="another model"):
-        calibrate(other, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
-    assert calibrate(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=5, resume=False).prompts == 5
+        collect(other, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+    assert collect(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=5, resume=False).prompts == 5
 
 
 def test_finished_file_is_kept(pipe, tmp_path):
-    calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
+    collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
     before = (tmp_path / "s").stat().st_mtime_ns
-    assert calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5).was_there
+    assert collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5).was_there
     with pytest.raises(OutputError, match="--force"):
-        calibrate(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=5)
+        collect(pipe, SOURCE, replace(RECIPE, seed=9), tmp_path / "s", batch_size=5)
     assert (tmp_path / "s").stat().st_mtime_ns == before
 
 
 def test_not_finite_activations_are_refused_and_leave_no_file(pipe, tmp_path):
     pipe.unet.register_forward_hook(lambda module, args, output: (output[0] * float("nan"),))
     with pytest.raises(StatisticsError, match="NaN"):
-        calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
+        collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
     assert not (tmp_path / "s").exists()

@@ -11,8 +11,8 @@ import torch
 from conftest import noise, noise_when_cut, tiny_pipeline, tiny_unet
 
 import slimdiff.influence
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options, compress, make_plan
+from slimdiff.calibrate import collect
+from slimdiff.compress import Options, cut, make_plan
 from slimdiff.errors import BudgetError, StatisticsError
 from slimdiff.groups import KINDS, find_groups
 from slimdiff.guidance import guided
@@ -30,13 +30,13 @@ RECIPE = Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16)
 def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress")
     pipe = tiny_pipeline(folder / "tokenizer", tiny_unet(sample_size=8))
-    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
+    collect(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
     return pipe, StatisticsFile(folder / "s.safetensors")
 
 
 def test_budget_zero_is_the_identity_bit_for_bit(calibrated):
     pipe, statistics = calibrated
-    slim, plan = compress(pipe, statistics, Options(0.0))
+    slim, plan = cut(pipe, statistics, Options(0.0))
     assert plan.ranks() == {} and plan.achieved == 0
     dense = pipe.unet.state_dict()
     assert all(torch.equal(tensor, dense[name]) for name, tensor in slim.state_dict().items())
@@ -60,7 +60,7 @@ def test_budget_is_met_and_overshoots_by_at_most_one_step(calibrated, budget, of
         budget /= 3
     pipe, statistics = calibrated
     options = Options(budget, of=of, kinds=kinds, independent_ranks=independent, influence="local")
-    slim, plan = compress(pipe, statistics, options)
+    slim, plan = cut(pipe, statistics, options)
     assert plan.achieved >= budget
     groups = {g.name: g for g in find_groups(pipe.unet)}
     params = sum(p.numel() for p in slim.parameters())
@@ -95,11 +95,11 @@ def test_free_widths_predict_no_more_error_than_tied_ones(calibrated):
 def test_impossible_budget_shows_the_arithmetic(calibrated):
     pipe, statistics = calibrated
     with pytest.raises(BudgetError, match=r"60.0% of the UNet's .* parameters .* --budget 0\.\d+"):
-        compress(pipe, statistics, Options(0.6, of="unet"))
+        cut(pipe, statistics, Options(0.6, of="unet"))
     with pytest.raises(BudgetError) as refusal:
-        compress(pipe, statistics, Options(0.95))
+        cut(pipe, statistics, Options(0.95))
     most = float(str(refusal.value).split()[-1][:-1])
-    _, plan = compress(pipe, statistics, Options(most, influence="local"))
+    _, plan = cut(pipe, statistics, Options(most, influence="local"))
     assert plan.achieved >= most
 
 
@@ -114,7 +114,7 @@ def test_slim_outputs_come_near_and_nearer_with_more_width(calibrated):
     dense = noise(pipe.unet)
     errors = []
     for budget in (0.15, 0.4, 0.7):
-        slim, _ = compress(pipe, statistics, Options(budget, influence="local"))
+        slim, _ = cut(pipe, statistics, Options(budget, influence="local"))
         errors.append(float((noise(slim) - dense).square().sum() / dense.square().sum()))
     assert errors == sorted(errors) and errors[0] < 0.01
 
@@ -131,16 +131,16 @@ def test_slim_and_padded_weights_are_the_same_function(calibrated):
 
 def test_probing_is_cached_and_later_budgets_are_free(calibrated, monkeypatch):
     pipe, statistics = calibrated
-    compress(pipe, statistics, Options(0.3, probe_prompts=2, probe_steps=2))
+    cut(pipe, statistics, Options(0.3, probe_prompts=2, probe_steps=2))
     monkeypatch.setattr(slimdiff.influence, "sample", lambda *a, **k: pytest.fail("probed again"))
-    _, plan = compress(pipe, statistics, Options(0.5, probe_prompts=2, probe_steps=2))
+    _, plan = cut(pipe, statistics, Options(0.5, probe_prompts=2, probe_steps=2))
     assert any(entry.final_error != entry.local_error for entry in plan.entries)
 
 
 def test_refine_lowers_the_held_out_error_or_changes_nothing(calibrated):
     pipe, statistics = calibrated
-    plain, _ = compress(pipe, statistics, Options(0.5, influence="local"))
-    refined, plan = compress(pipe, statistics, Options(0.5, influence="local", refine=True))
+    plain, _ = cut(pipe, statistics, Options(0.5, influence="local"))
+    refined, plan = cut(pipe, statistics, Options(0.5, influence="local", refine=True))
     assert plan.refits and all(ratio <= 1 for ratio in plan.refits.values())
     states = statistics.states()
     chosen = list(range(0, len(states.prompts), 5))
@@ -161,7 +161,7 @@ def test_the_refitted_output_is_nearer_to_the_dense_guided_prediction(calibrated
     held = [i for i, prompt in enumerate(states.prompts) if prompt in judges]
     options = Options(0.5, influence="local")
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
-    refitted, plan = compress(pipe, statistics, options)
+    refitted, plan = cut(pipe, statistics, options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
     plan_alone, solutions = make_plan(pipe, statistics, options)
     plain = build(pipe.unet, plan_alone.ranks(), solutions)
@@ -176,7 +176,7 @@ def test_statistics_of_other_groups_are_refused(calibrated):
     _, statistics = calibrated
     other = tiny_pipeline(Path(statistics.path).parent / "tokenizer", tiny_unet(layers_per_block=2))
     with pytest.raises(StatisticsError, match="no tokens"):
-        compress(other, statistics, Options(0.3))
+        cut(other, statistics, Options(0.3))
 
 
 def test_steps_of_width():

@@ -11,9 +11,9 @@ from conftest import tiny_pipeline, tiny_unet
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import slimdiff.checkpoint
-from slimdiff.calibrate import calibrate
+from slimdiff.calibrate import collect
 from slimdiff.capture import captured
-from slimdiff.compress import compress
+from slimdiff.compress import cut
 from slimdiff.gram import Gram
 from slimdiff.groups import find_groups
 from slimdiff.linalg import RIDGE
@@ -108,9 +108,9 @@ def test_calibrate_compress_write_and_load(device, tmp_path: Path):
     plans, sums = [], []
     for where in ("cpu", device):
         pipe = tiny_pipeline(tmp_path / "tokenizer").to(where)
-        file = calibrate(pipe, SOURCE, RECIPE, tmp_path / f"{len(plans)}.safetensors").path
+        file = collect(pipe, SOURCE, RECIPE, tmp_path / f"{len(plans)}.safetensors").path
         statistics = StatisticsFile(file)
-        slim, plan = compress(pipe, statistics, Options(0.3, kinds=("qk", "vo", "ffn", "resnet"), influence="local"))
+        slim, plan = cut(pipe, statistics, Options(0.3, kinds=("qk", "vo", "ffn", "resnet"), influence="local"))
         assert slim.device.type == where
         folder = tmp_path / f"slim-{len(plans)}"
         slimdiff.checkpoint.write(folder, slim, pipe, plan.to_json(), None)

@@ -24,9 +24,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from slimdiff import checkpoint, compress, families, fidelity, pipeline, recipe, source
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options
+from slimdiff import checkpoint, families, fidelity, pipeline, recipe, source
+from slimdiff.calibrate import collect
+from slimdiff.compress import Options, cut
 from slimdiff.errors import ModelError
 from slimdiff.groups import KINDS, find_groups
 from slimdiff.inpainting import canvases, rectangle
@@ -61,7 +61,7 @@ class Made:
     statistics: StatisticsFile
 
     def compress(self, budget: float, **options: Any) -> Any:
-        return compress(self.pipe, self.statistics, Options(budget, probe_prompts=4, probe_steps=1, **options))
+        return cut(self.pipe, self.statistics, Options(budget, probe_prompts=4, probe_steps=1, **options))
 
     def sample(self, unet: nn.Module) -> Tensor:
         job, own = self.statistics.recipe, self.pipe.unet
@@ -78,7 +78,7 @@ def make(folder: Path, output: Path) -> Made:
     pipe = pipeline.load(found)
     size = pipeline.native_size(pipe)
     job = recipe.family_recipe(pipeline.family(pipe, found), size, prompts=WORDS, steps=2)
-    calibrate(pipe, found, job, output, batch_size=4)
+    collect(pipe, found, job, output, batch_size=4)
     return Made(folder.name, folder, pipe, StatisticsFile(output))
 
 

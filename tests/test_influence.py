@@ -12,7 +12,7 @@ from conftest import tiny_pipeline, tiny_unet
 from diffusers import HeunDiscreteScheduler
 
 import slimdiff.influence
-from slimdiff.calibrate import calibrate
+from slimdiff.calibrate import collect
 from slimdiff.errors import StatisticsError
 from slimdiff.groups import Group, find_groups
 from slimdiff.influence import BROKEN, FLOOR, Influence, Point, evaluations, guided, probe, probed, probing_widths
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
     """Everything `probe` asks for: a pipeline, three of its groups, their solutions, states and recipe."""
     folder = tmp_path_factory.mktemp("influence")
     pipe = tiny_pipeline(folder / "tokenizer", tiny_unet())
-    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=4)
+    collect(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=4)
     statistics = StatisticsFile(folder / "s.safetensors")
     groups = [group for group in find_groups(pipe.unet) if group.module.startswith("mid_block")]
     groups = [next(group for group in groups if group.kind == kind) for kind in ("qk", "vo", "ffn")]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimdiff import checkpoint
-from slimdiff.calibrate import calibrate
+from slimdiff.calibrate import collect
 from slimdiff.cli import main
 from slimdiff.compress import Options, make_plan
 from slimdiff.groups import Group, find_groups, names
@@ -56,7 +56,7 @@ def made(tmp_path_factory, model_folder):
     pipe = DiffusionPipeline.from_pretrained(model_folder)
     pipe.set_progress_bar_config(disable=True)
     path = tmp_path_factory.mktemp("lora") / "s.safetensors"
-    calibrate(pipe, find(str(model_folder)), Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16), path)
+    collect(pipe, find(str(model_folder)), Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16), path)
     file = StatisticsFile(path)
     plan, curves = make_plan(pipe, file, OPTIONS)
     solutions = {name: curve.solve() for name, curve in curves.items()}

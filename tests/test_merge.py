@@ -12,7 +12,7 @@ from test_calibrate import RECIPE, SOURCE, assert_close, interrupt_after, sums
 from test_cli import QUICK, run
 
 from slimdiff import states
-from slimdiff.calibrate import Interrupted, calibrate
+from slimdiff.calibrate import Interrupted, collect
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.merge import merge
 from slimdiff.pipeline import fingerprint
@@ -32,8 +32,8 @@ def parts(pipe, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(states, "PROMPTS", 4)
         for n in (1, 2, 3):
-            calibrate(pipe, SOURCE, RECIPE, folder / f"{n}", batch_size=3, shard=Shard(n, 3))
-        calibrate(pipe, SOURCE, RECIPE, folder / "whole", batch_size=3)
+            collect(pipe, SOURCE, RECIPE, folder / f"{n}", batch_size=3, shard=Shard(n, 3))
+        collect(pipe, SOURCE, RECIPE, folder / "whole", batch_size=3)
     return [folder / name for name in ("1", "2", "3", "whole")]
 
 
@@ -47,8 +47,8 @@ def test_parts_hold_every_prompt_once_and_in_order(count, of):
 def test_all_kinds_of_sums_are_merged(pipe, tmp_path):
     job = replace(RECIPE, baselines=True, resnets=True, timestep_weights="decreasing")
     for n in (1, 2):
-        calibrate(pipe, SOURCE, job, tmp_path / f"{n}", shard=Shard(n, 2))
-    calibrate(pipe, SOURCE, job, tmp_path / "whole")
+        collect(pipe, SOURCE, job, tmp_path / f"{n}", shard=Shard(n, 2))
+    collect(pipe, SOURCE, job, tmp_path / "whole")
     merge([tmp_path / "1", tmp_path / "2"], tmp_path / "all")
     whole = sums(tmp_path / "whole")
     assert any(name.endswith("shifted") for name in whole)
@@ -82,14 +82,14 @@ def test_a_part_is_resumed_within_itself(parts, tmp_path):
     job = {"batch_size": 1, "shard": Shard(2, 3)}
     interrupt_after(pipe, 2)
     with pytest.raises(Interrupted, match="1 of 2 prompts"):
-        calibrate(pipe, SOURCE, RECIPE, stopped, **job)
+        collect(pipe, SOURCE, RECIPE, stopped, **job)
     with pytest.raises(StatisticsError, match=r"another part of the prompts \(2/3\)"):
-        calibrate(pipe, SOURCE, RECIPE, stopped, batch_size=1, shard=Shard(3, 3))
-    assert calibrate(pipe, SOURCE, RECIPE, stopped, **job).resumed_at == 1
+        collect(pipe, SOURCE, RECIPE, stopped, batch_size=1, shard=Shard(3, 3))
+    assert collect(pipe, SOURCE, RECIPE, stopped, **job).resumed_at == 1
     assert_close(sums(parts[1]), sums(stopped), tolerance=1e-4)
-    assert calibrate(pipe, SOURCE, RECIPE, stopped, **job).was_there
+    assert collect(pipe, SOURCE, RECIPE, stopped, **job).was_there
     with pytest.raises(OutputError, match="another calibration"):
-        calibrate(pipe, SOURCE, RECIPE, stopped)
+        collect(pipe, SOURCE, RECIPE, stopped)
 
 
 def test_a_part_alone_is_refused_by_compression(parts, pipe):
@@ -123,7 +123,7 @@ def test_parts_of_other_calibrations_are_refused(parts, pipe, tmp_path):
         ("2 parts, not 3", pipe, RECIPE, Shard(2, 2)),
         ("other layers", pipe, RECIPE, Shard(2, 3)),
     ):
-        calibrate(kind, SOURCE, recipe, tmp_path / name, shard=shard)
+        collect(kind, SOURCE, recipe, tmp_path / name, shard=shard)
         if name == "other layers":
             read = StatisticsFile(tmp_path / name).read()
             del read.grams[next(iter(read.grams))]
@@ -136,14 +136,14 @@ def test_unfinished_parts_are_refused(parts, tmp_path):
     pipe = tiny_pipeline(tmp_path / "tokenizer")
     interrupt_after(pipe, 1)
     with pytest.raises(Interrupted):
-        calibrate(pipe, SOURCE, RECIPE, tmp_path / "2", batch_size=1, shard=Shard(2, 3))
+        collect(pipe, SOURCE, RECIPE, tmp_path / "2", batch_size=1, shard=Shard(2, 3))
     with pytest.raises(StatisticsError, match=r"2\.partial covers 1 of 2 prompts"):
         merge([parts[0], tmp_path / "2.partial", parts[2]], tmp_path / "all")
 
 
 def test_more_parts_than_prompts(pipe, tmp_path):
     with pytest.raises(SlimdiffError, match=r"Part 1/9 of 5 prompts is empty; make fewer parts"):
-        calibrate(pipe, SOURCE, RECIPE, tmp_path / "s", shard=Shard(1, 9))
+        collect(pipe, SOURCE, RECIPE, tmp_path / "s", shard=Shard(1, 9))
 
 
 def test_parts_are_calibrated_merged_and_compressed_by_command(model_folder, tmp_path, monkeypatch):

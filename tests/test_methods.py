@@ -12,9 +12,9 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from slimdiff import checkpoint
-from slimdiff.calibrate import calibrate
+from slimdiff.calibrate import collect
 from slimdiff.capture import captured
-from slimdiff.compress import compress, make_plan
+from slimdiff.compress import cut, make_plan
 from slimdiff.errors import BudgetError, StatisticsError
 from slimdiff.groups import find_groups, inputs
 from slimdiff.methods import METHODS, Evidence
@@ -36,7 +36,7 @@ def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     pipe = tiny_pipeline(folder / "tokenizer", tiny_unet(sample_size=8))
     pipe.save_pretrained(folder / "dense")
-    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
+    collect(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
     return pipe, StatisticsFile(folder / "s.safetensors")
 
 
@@ -52,7 +52,7 @@ def test_names_are_those_of_the_options():
 @pytest.mark.parametrize("method", NAMES)
 def test_budget_is_met_and_accounted_for(calibrated, method, of):
     pipe, statistics = calibrated
-    slim, plan = compress(pipe, statistics, Options(0.3, of=of, method=method))
+    slim, plan = cut(pipe, statistics, Options(0.3, of=of, method=method))
     assert plan.achieved >= 0.3
     before, after = (sum(p.numel() for p in unet.parameters()) for unet in (pipe.unet, slim))
     assert (before, after) == plan.unet_params
@@ -87,7 +87,7 @@ def test_full_width_of_every_solution_is_the_dense_model(calibrated, method):
 @pytest.mark.parametrize("method", ["obs", "svd-llm", "svd"])
 def test_heads_and_factors_load_in_plain_diffusers(calibrated, method, tmp_path):
     pipe, statistics = calibrated
-    slim, plan = compress(pipe, statistics, Options(0.3, method=method))
+    slim, plan = cut(pipe, statistics, Options(0.3, method=method))
     checkpoint.write(tmp_path / "slim", slim, pipe, plan.to_json(), statistics.path.parent / "dense")
     for loaded in (
         checkpoint.load(tmp_path / "slim"),
@@ -133,7 +133,7 @@ def test_matrices_of_one_layer_share_the_tokens_they_share():
 
 def test_statistics_without_baselines_are_enough_for_slimdiff_and_what_needs_none(calibrated, tmp_path):
     pipe, _ = calibrated
-    calibrate(pipe, Source("tiny", "tiny", None), replace(RECIPE, baselines=False), tmp_path / "s.safetensors")
+    collect(pipe, Source("tiny", "tiny", None), replace(RECIPE, baselines=False), tmp_path / "s.safetensors")
     statistics = StatisticsFile(tmp_path / "s.safetensors")
     for method in NAMES:
         if METHODS[method].baselines:
@@ -146,8 +146,8 @@ def test_statistics_without_baselines_are_enough_for_slimdiff_and_what_needs_non
 
 def test_kinds_that_a_method_does_not_cut_are_refused(calibrated):
     with pytest.raises(BudgetError, match="svd-llm cuts linear"):
-        compress(*calibrated, Options(0.3, method="svd-llm", kinds=("ffn",)))
-    _, plan = compress(*calibrated, Options(0.1, method="obs", kinds=("ffn",)))
+        cut(*calibrated, Options(0.3, method="svd-llm", kinds=("ffn",)))
+    _, plan = cut(*calibrated, Options(0.1, method="obs", kinds=("ffn",)))
     assert {entry.kind for entry in plan.entries} == {"ffn"}
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from slimdiff import compress, pipeline, recipe, source
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options
+from slimdiff import pipeline, recipe, source
+from slimdiff.calibrate import collect
+from slimdiff.compress import Options, cut
 from slimdiff.demo import scenes
 from slimdiff.influence import relative_error
 from slimdiff.statistics import StatisticsFile
@@ -26,7 +26,7 @@ def calibrated(tmp_path_factory):
     pipe = pipeline.load(source.find(None))
     job = recipe.family_recipe("demo", pipeline.native_size(pipe), num_prompts=24, steps=6)
     path = tmp_path_factory.mktemp("miniature") / "s.safetensors"
-    calibrate(pipe, source.find(None), job, path)
+    collect(pipe, source.find(None), job, path)
     return pipe, StatisticsFile(path)
 
 
@@ -46,8 +46,8 @@ def final_errors(pipe, unets, captions, steps: int) -> list[torch.Tensor]:
 def test_probing_the_sampler_beats_local_errors_by_far_on_unseen_captions(calibrated):
     pipe, statistics = calibrated
     options = {"probe_prompts": 3, "probe_steps": 4}
-    sampler, plan = compress(pipe, statistics, Options(0.45, **options))
-    local, _ = compress(pipe, statistics, Options(0.45, influence="local"))
+    sampler, plan = cut(pipe, statistics, Options(0.45, **options))
+    local, _ = cut(pipe, statistics, Options(0.45, influence="local"))
     by_sampler, by_local = final_errors(pipe, (sampler, local), recipe.bench_prompts("demo")[:12], steps=6)
     assert by_sampler.median() < by_local.median() / 2
     assert plan.predicted_error / 30 < by_sampler.median() < plan.predicted_error * 30

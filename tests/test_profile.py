@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import slimdiff.profile
 from slimdiff import timing
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options, compress, make_plan, solve
+from slimdiff.calibrate import collect
+from slimdiff.compress import Options, cut, make_plan, solve
 from slimdiff.errors import BudgetError, SlimdiffError
 from slimdiff.groups import find_groups
 from slimdiff.latency import Curve, Table
@@ -63,7 +63,7 @@ def pipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def statistics(pipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
-    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, path, batch_size=3)
+    collect(pipe, Source("tiny", "tiny", None), RECIPE, path, batch_size=3)
     return StatisticsFile(path)
 
 
@@ -208,7 +208,7 @@ def test_the_forecast_is_the_call_less_what_the_cut_layers_save(pipe, statistics
     of = together(pipe)
     table = made_up(pipe, of, call=1e-4)
     share = share_of(1.15)
-    _, plan = compress(pipe, statistics, Options(share, of="latency", influence="local"), lambda _: table)
+    _, plan = cut(pipe, statistics, Options(share, of="latency", influence="local"), lambda _: table)
     known = shapes(pipe, of, table.conditions)
     ranks = {entry.group: entry.rank for entry in plan.entries}
     saved = sum(table.seconds(shape, shape.full) - table.seconds(shape, ranks[name]) for name, shape in known.items())

@@ -95,12 +95,12 @@ def test_energies_that_are_not_of_all_tokens_are_not_shown(tmp_path, tokens, mis
 def test_calibration_records_energies(model_folder, tmp_path):
     from diffusers import DiffusionPipeline
 
-    from slimdiff.calibrate import calibrate
+    from slimdiff.calibrate import collect
     from slimdiff.source import Source
 
     pipe = DiffusionPipeline.from_pretrained(model_folder)
     recipe = Recipe("sd1", ("cat", "red boat"), ("", ""), 5, 3.0, 16, 16)
-    calibrate(pipe, Source("tiny", "tiny", None), recipe, tmp_path / "s.safetensors")
+    collect(pipe, Source("tiny", "tiny", None), recipe, tmp_path / "s.safetensors")
     stored_tensors = load_file(tmp_path / "s.safetensors")
     energies = {k.removesuffix(".energy"): x for k, x in stored_tensors.items() if k.endswith(".energy")}
     assert set(energies) == set(StatisticsFile(tmp_path / "s.safetensors").metadata["tokens"])

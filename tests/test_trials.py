@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline
 from torch.nn.functional import conv2d, group_norm, silu
 
 from slimdiff import checkpoint
-from slimdiff.calibrate import calibrate
-from slimdiff.compress import Options, compress, make_plan, sweep
+from slimdiff.calibrate import collect
+from slimdiff.compress import Options, cut, make_plan, sweep
 from slimdiff.errors import BudgetError, StatisticsError
 from slimdiff.groups import KINDS, find_groups, inner_layers
 from slimdiff.guidance import guided
@@ -35,7 +35,7 @@ RECIPE = Recipe("sd1", WORDS, ("",) * len(WORDS), 4, 3.0, 16, 16, resnets=True)
 def calibrated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resnets")
     pipe = tiny_pipeline(folder / "tokenizer", tiny_unet(sample_size=8))
-    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
+    collect(pipe, Source("tiny", "tiny", None), RECIPE, folder / "s.safetensors", batch_size=9)
     return pipe, StatisticsFile(folder / "s.safetensors")
 
 
@@ -94,23 +94,23 @@ def test_several_budgets_at_once_give_what_each_gives_alone(calibrated):
     options = Options(0.0, kinds=("resnet",), probe_prompts=2, probe_steps=2)
     together = [slim.state_dict() for slim, _ in sweep(pipe, statistics, options, (0.5, 0.3))]
     for state, budget in zip(together, (0.5, 0.3), strict=True):
-        alone, _ = compress(pipe, statistics, replace(options, budget=budget))
+        alone, _ = cut(pipe, statistics, replace(options, budget=budget))
         assert all(torch.equal(tensor, state[name]) for name, tensor in alone.state_dict().items())
 
 
 def test_statistics_without_these_sums_are_refused_with_the_way_out(calibrated, tmp_path):
     pipe, _ = calibrated
     plain = Recipe("sd1", WORDS[:2], ("", ""), 2, 3.0, 16, 16)
-    calibrate(pipe, Source("tiny", "tiny", None), plain, tmp_path / "s")
+    collect(pipe, Source("tiny", "tiny", None), plain, tmp_path / "s")
     assert not [key for key in StatisticsFile(tmp_path / "s").metadata["tokens"] if "resnet" in key]
     with pytest.raises(StatisticsError, match="slimdiff calibrate --resnets"):
-        compress(pipe, StatisticsFile(tmp_path / "s"), Options(0.1, kinds=ALL))
+        cut(pipe, StatisticsFile(tmp_path / "s"), Options(0.1, kinds=ALL))
 
 
 def test_other_methods_do_not_cut_them(calibrated):
     pipe, statistics = calibrated
     with pytest.raises(BudgetError, match="--groups asks for resnet"):
-        compress(pipe, statistics, Options(0.1, kinds=("resnet",), method="svd"))
+        cut(pipe, statistics, Options(0.1, kinds=("resnet",), method="svd"))
 
 
 def test_they_are_cut_only_where_they_are_asked_for(calibrated):
@@ -123,13 +123,13 @@ def test_they_are_cut_only_where_they_are_asked_for(calibrated):
 def test_budgets_count_them_and_the_parameters_that_go(calibrated, of):
     pipe, statistics = calibrated
     options = Options(0.5, of=of, kinds=ALL, influence="uniform")
-    slim, plan = compress(pipe, statistics, options)
+    slim, plan = cut(pipe, statistics, options)
     assert plan.achieved >= 0.5
     assert any(e.kind == "resnet" and e.rank < e.width for e in plan.entries)
     assert sum(p.numel() for p in slim.parameters()) == plan.unet_params[1]
     without = Options(0.7, of="unet", kinds=KINDS)
     with pytest.raises(BudgetError, match="The groups qk, vo, ffn hold"):
-        compress(pipe, statistics, without)
+        cut(pipe, statistics, without)
 
 
 def test_slim_and_narrow_dense_blocks_are_the_same_function(calibrated):
@@ -146,9 +146,9 @@ def test_slim_and_narrow_dense_blocks_are_the_same_function(calibrated):
 
 def test_blocks_whose_time_embedding_scales_too_are_cut_in_both_halves(tmp_path):
     pipe = tiny_pipeline(tmp_path, tiny_unet(resnet_time_scale_shift="scale_shift"))
-    calibrate(pipe, Source("tiny", "tiny", None), RECIPE, tmp_path / "s", batch_size=9)
+    collect(pipe, Source("tiny", "tiny", None), RECIPE, tmp_path / "s", batch_size=9)
     options = Options(0.4, kinds=("resnet",), influence="local")
-    slim, plan = compress(pipe, StatisticsFile(tmp_path / "s"), options)
+    slim, plan = cut(pipe, StatisticsFile(tmp_path / "s"), options)
     assert sum(p.numel() for p in slim.parameters()) == plan.unet_params[1]
     dense, found = noise(pipe.unet), noise(slim)
     assert float((found - dense).square().sum() / dense.square().sum()) < 0.1
@@ -227,7 +227,7 @@ def test_without_states_there_is_an_explanation(calibrated, solved):
 
 def test_a_checkpoint_loads_with_slimdiff_and_without(calibrated, tmp_path: Path):
     pipe, statistics = calibrated
-    slim, plan = compress(pipe, statistics, Options(0.4, kinds=ALL, influence="local"))
+    slim, plan = cut(pipe, statistics, Options(0.4, kinds=ALL, influence="local"))
     checkpoint.write(tmp_path / "slim", slim, pipe, plan.to_json(), None)
     expected = noise(slim)
     assert torch.equal(noise(checkpoint.load(tmp_path / "slim").unet), expected)

@@ -47,8 +47,7 @@ def bench(
     import json
 
     from slimdiff import checkpoint, pipeline, recipe, source
-    from slimdiff.bench import Settings
-    from slimdiff.bench import bench as run
+    from slimdiff.bench import Settings, measure
     from slimdiff.plan import Plan
     from slimdiff.report import page
 
@@ -78,7 +77,7 @@ def bench(
         **{name: made[name] if value is None else value for name, value in changes.items()},
     )
     sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
-    result = run(*pipes, plan, settings, sizes=sizes)
+    result = measure(*pipes, plan, settings, sizes=sizes)
     json_path, html_path = page.write(result, output or outputs.report_path(slim))
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
     say(f"report: {json_path}\npictures: {html_path}")

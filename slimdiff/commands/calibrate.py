@@ -60,7 +60,7 @@ def calibrate(
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise click.BadParameter(f"'{batch_size}' is neither auto nor a positive number.", param_hint="--batch-size")
     from slimdiff import pipeline, ranks, recipe, source
-    from slimdiff.calibrate import calibrate as run
+    from slimdiff.calibrate import collect
 
     with ranks.launched() as here:
         if shard and here.world > 1:
@@ -86,7 +86,7 @@ def calibrate(
         if here.world > 1:
             done = ranks.calibrate_together(here, pipe, dense, job, output, **options)
         else:
-            done = run(pipe, dense, job, output, shard=recipe.Shard(*shard) if shard else recipe.WHOLE, **options)
+            done = collect(pipe, dense, job, output, shard=recipe.Shard(*shard) if shard else recipe.WHOLE, **options)
         if here.is_main:
             click.echo(f"{output}: {done}")
         following = "merge PART..., when all parts are there" if shard else "compress --budget 0.35"

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from slimdiff import outputs
 from slimdiff.commands.parameters import GROUPS, PATH, SHARES, command, model_options, say
 from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
-
-if TYPE_CHECKING:
-    from slimdiff.groups import Group
-    from slimdiff.latency import Table
 
 
 @click.command()
@@ -123,8 +118,7 @@ def compress(
         raise click.UsageError("--latency is for budgets in time: add --speedup 1.2, or --budget-of latency.")
     from slimdiff import checkpoint, pipeline, source
     from slimdiff.compress import Options, sweep
-    from slimdiff.latency import Table
-    from slimdiff.profile import cached, conditions_of
+    from slimdiff.profile import tables
     from slimdiff.statistics import StatisticsFile
 
     if statistics is None:
@@ -150,15 +144,10 @@ def compress(
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)
 
-    def times(units: Sequence[Sequence[Group]]) -> Table:
-        if latency is not None:
-            return Table.read(latency)
-        assert statistics is not None
-        conditions = conditions_of(pipe, file.recipe, 1, pipeline.dtype_of(dtype, on))
-        return cached(outputs.latency_path(statistics.parent), pipe, units, conditions, say)
-
+    table = outputs.latency_path(statistics.parent)
+    times = tables(pipe.to(on), file.recipe, table, pipeline.dtype_of(dtype, on), say, latency)
     written = stored if dtype == "auto" else pipeline.dtype_of(dtype, on)
-    for folder, (slim, plan) in zip(folders, sweep(pipe.to(on), file, options, budgets, times), strict=True):
+    for folder, (slim, plan) in zip(folders, sweep(pipe, file, options, budgets, times), strict=True):
         click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
         if not dry_run:
             checkpoint.write(

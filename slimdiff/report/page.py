@@ -71,7 +71,7 @@ def cards(report: Report) -> str:
     return (
         both("Parameters", found.parameters, count)
         + both("MACs", macs, count)
-        + both("On disk", found.checkpoint, size)
+        + (both("On disk", found.checkpoint, size) if found.checkpoint else both("Weights", found.weights, size))
         + card(speed, drift)
     )
 

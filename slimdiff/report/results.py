@@ -56,7 +56,7 @@ class Report:
             ("UNet parameters", size.parameters, wording.count),
             ("UNet MACs per row", (dense.total, slim.total), wording.count),
             ("  without attention core", (dense.without_core, slim.without_core), wording.count),
-            ("UNet weights on disk", size.checkpoint, wording.size),
+            *([("UNet weights on disk", size.checkpoint, wording.size)] if size.checkpoint else []),
             ("UNet weights in memory", size.weights, wording.size),
             *([("Peak memory, 1 picture", size.memory, wording.size)] if size.memory else []),
         ]
