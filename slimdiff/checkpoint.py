@@ -9,16 +9,16 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from slimdiff.errors import ModelError, OutputError
+from slimdiff.files import replacing_folder
 from slimdiff.outputs import PLAN
 from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
 
@@ -98,10 +98,7 @@ def write(
     Raises OutputError if `output` may not be replaced (see `check_output`) or cannot be written, ModelError if `source`
     lacks a component or safetensors weights for it.
     """
-    folder = check_output(output, force)
-    partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with replacing_folder(output, check_output(output, force), force) as partial:
         _write_components(partial, pipe, source, variant, replaced, None if pipe.unet is unet else unet.dtype)
         if merged and source is not None:
             for name in ("text_encoder", "text_encoder_2"):
@@ -114,13 +111,6 @@ def write(
         loras = _LORAS[bool(unet.config["slim_maps"] or not unet.config["slim_ranks"])]
         readme = _README.format(groups=len(unet.config["slim_ranks"]), module=MODULE, loras=loras)
         (partial / "README.md").write_text(readme, encoding="utf-8")
-        for weights in partial.rglob("*.safetensors"):
-            shutil.copymode(partial / "README.md", weights)  # safetensors lets nobody but the owner read its files
-        _move(partial, folder, force)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{output} cannot be written: {error}. Nothing was changed there.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(path: str | Path, torch_dtype: Any = torch.float32, **kwargs: Any) -> DiffusionPipeline:
@@ -313,18 +303,3 @@ def _plain(weights: str) -> str:
     """The file name without its variant."""
     found = _WEIGHTS.fullmatch(weights)
     return weights if found is None else f"{found['stem']}{found['shard'] or found['variant_shard'] or ''}.safetensors"
-
-
-def _move(partial: Path, folder: Path, force: bool) -> None:
-    if not (force and folder.exists()):
-        partial.rename(folder)
-        return
-    old = partial.with_suffix(".old")
-    try:
-        folder.rename(old)
-        partial.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ from slimdiff.commands.bench import bench
 from slimdiff.commands.calibrate import calibrate
 from slimdiff.commands.compare import compare
 from slimdiff.commands.compress import compress
+from slimdiff.commands.dense import dense
 from slimdiff.commands.inspect import inspect
 from slimdiff.commands.lora import lora
 from slimdiff.commands.merge import merge
@@ -38,5 +39,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, profile, inspect, compare, lora, merge, prompts):
+for _command in (calibrate, compress, bench, profile, inspect, compare, lora, merge, prompts, dense):
     main.add_command(_command)

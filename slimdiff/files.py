@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
 
 from slimdiff.errors import OutputError
 
@@ -39,3 +43,38 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, data: Any) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder(output: Path, folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    What is there is replaced only if `replace` is set. Raises OutputError, which calls the folder `output`, if it
+    cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for weights in partial.rglob("*.safetensors"):
+            weights.chmod(0o666 & ~_UMASK)  # safetensors lets nobody but the owner read its files
+        _move(partial, folder, replace)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{output} cannot be written: {error}. Nothing was changed there.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, folder: Path, replace: bool) -> None:
+    if not (replace and folder.exists()):
+        partial.rename(folder)
+        return
+    old = partial.with_suffix(".old")
+    try:
+        folder.rename(old)
+        partial.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""A slim model in dense shapes: the same function, padded with zeros, for programs that build UNets of fixed shapes.
+
+It is no smaller and no faster than the dense model, and paints what the slim one paints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from slimdiff.checkpoint import load_unet
+from slimdiff.errors import ModelError, OutputError
+from slimdiff.files import replacing_folder, write_json
+from slimdiff.groups import KINDS, Group, find_groups, names
+from slimdiff.outputs import PLAN
+from slimdiff.slim_unet import SlimUNet2DConditionModel
+from slimdiff.source import Source, stored_dtype
+
+_README = """---
+library_name: diffusers
+tags: [slimdiff]
+---
+A text-to-image model compressed with slimdiff, in the shapes of the model that it was made from: what was cut is filled
+with zeros. It paints what the compressed model paints and loads like the original, but it is no smaller and no faster.
+It is there to judge the pictures in programs that load dense shapes only.
+
+LoRAs of the original load without an error here, and paint something else: merge them before compressing, or use the
+slim checkpoint, which maps them. The licence of the original model applies.
+"""
+
+
+def export(slim: Path, output: Path) -> None:
+    """Write a slim checkpoint as a folder that stock diffusers loads: all parts as they are, the UNet `padded`.
+
+    Raises OutputError if `output` is there or cannot be written, ModelError if `slim` is no slim checkpoint, or one
+    that cannot be padded.
+    """
+    if output.exists():
+        raise OutputError(f"{output} exists. Choose another folder, or remove this one yourself.")
+    unet = padded(load_unet(slim, stored_dtype(Source(str(slim), slim.name, slim))))
+    with replacing_folder(output, output.resolve()) as partial:
+        for part in slim.iterdir():
+            if part.name not in ("unet", PLAN.parts[0], "README.md") and not part.name.startswith("."):
+                (shutil.copytree if part.is_dir() else shutil.copyfile)(part, partial / part.name)
+        index = json.loads((slim / "model_index.json").read_text(encoding="utf-8"))
+        write_json(partial / "model_index.json", index | {"unet": ["diffusers", UNet2DConditionModel.__name__]})
+        unet.save_pretrained(partial / "unet")
+        (partial / "README.md").write_text(_README, encoding="utf-8")
+
+
+def padded(slim: SlimUNet2DConditionModel) -> UNet2DConditionModel:
+    """The stock UNet that computes what `slim` computes, in its dtype: heads and hidden units that are gone are zeros,
+    two factors one matrix.
+
+    Queries lose the factor `√(r / d)` that heads of width r in the place of d needed: the softmax scale is that of d
+    again. Raises ModelError if a group cannot be padded.
+    """
+    config = {key: value for key, value in slim.config.items() if not key.startswith(("slim_", "_", "auto_map"))}
+    with torch.device("meta"):
+        dense = UNet2DConditionModel.from_config(config)
+    groups = {g.name: g for kinds in (KINDS, ("heads",), ("linear",)) for g in find_groups(dense, kinds=kinds)}
+    ranks: dict[str, int] = slim.config["slim_ranks"]
+    if unknown := [name for name in ranks if name not in groups]:
+        raise ModelError(
+            f"{unknown[0]} ({len(unknown)} such groups) cannot be padded with zeros to its dense shape: the "
+            "normalisation inside a ResNet block would see them. Compress without this kind of group."
+        )
+    state = slim.state_dict()
+    for name, rank in sorted(ranks.items(), key=lambda item: item[0].endswith(".heads")):  # heads have their full width
+        group = groups[name]
+        state |= _padded(dense, group, rank, ranks.get(f"{group.module}.heads", group.heads), state)
+    dense.load_state_dict({name: state[name] for name in dense.state_dict()}, assign=True)
+    return dense.requires_grad_(False).eval()
+
+
+def _padded(
+    dense: UNet2DConditionModel, group: Group, rank: int, heads: int, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A group's weights in dense shapes, by name; `heads` are left of the dense layer's."""
+    where = names(dense, group)
+    if group.kind == "linear":
+        assert where.out is not None
+        outer, inner = state[where.out[0]], state[where.out[0].removesuffix("weight") + "inner.weight"]
+        return {where.out[0]: (outer.float() @ inner.float()).to(outer.dtype)}
+    more, wider = (group.width - rank, 0) if group.kind == "heads" else (0, group.width - rank)
+    rows, columns = (2, 1) if group.kind == "ffn" else (heads, heads)
+    found = {name: _filled(state[name], 0, rows, more, wider) for pair in where.into for name in pair if name}
+    if group.kind == "qk":
+        for name in filter(None, where.into[0]):
+            found[name] = (found[name].float() * (group.width / rank) ** 0.5).to(found[name].dtype)
+    if where.out is not None:
+        found[where.out[0]] = _filled(state[where.out[0]], 1, columns, more, wider)
+    return found
+
+
+def _filled(x: Tensor, dim: int, parts: int, more: int, wider: int) -> Tensor:
+    """`x` with `parts` equal parts along `dim`, each `wider` by so many zeros, and `more` parts of zeros."""
+    split = x.unflatten(dim, (parts, -1))
+    behind = split.dim() - dim - 2
+    return F.pad(split, (0, 0) * behind + (0, wider, 0, more)).flatten(dim, dim + 1)
