@@ -38,6 +38,7 @@ def calibrate(
     seed: int = 0,
     batch_size: int | None = None,
     baselines: bool = False,
+    resnets: bool = False,
     resume: bool = True,
     force: bool = False,
 ) -> StatisticsFile:
@@ -46,7 +47,8 @@ def calibrate(
     It runs where the pipeline is and in its dtype, and leaves it as it was. What is None is the model family's own:
     about 500 prompts, every second with a negative prompt, 50 `steps`, the native `height` and `width` in pixels, and
     the pipeline's own scheduler (else one of `recipe.SCHEDULERS`). Prompt i starts from the noise of `seed + i`.
-    `batch_size` counts prompts and changes speed only. `baselines` also sums what `compress(method=...)` may need.
+    `batch_size` counts prompts and changes speed only. `baselines` also sums what `compress(method=...)` may need,
+    `resnets` what `compress(kinds=("qk", "vo", "ffn", "resnet"))` needs.
 
     Ctrl-C saves, and the same call goes on from there (`resume`); if `output` holds this very calibration, nothing is
     run. Raises OutputError if it holds another (`force` replaces it), StatisticsError if an unfinished one is of
@@ -59,7 +61,7 @@ def calibrate(
     job = recipe.family_recipe(
         pipeline.family(dense, found), pipeline.native_size(dense), prompts=None if prompts is None else tuple(prompts),
         num_prompts=num_prompts, steps=steps, guidance_scale=guidance_scale, height=height, width=width,
-        scheduler=scheduler, seed=seed, baselines=baselines,
+        scheduler=scheduler, seed=seed, baselines=baselines, resnets=resnets,
     )  # fmt: skip
     collect(dense, found, job, output, batch_size=batch_size, resume=resume, force=force)
     return StatisticsFile(Path(output))

@@ -17,7 +17,7 @@ from torch import Tensor
 from slimdiff.checkpoint import load_unet
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.files import replacing_folder, write_json
-from slimdiff.groups import KINDS, Group, find_groups, names
+from slimdiff.groups import Group, by_name, names
 from slimdiff.outputs import PLAN
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.source import Source, stored_dtype
@@ -64,12 +64,12 @@ def padded(slim: SlimUNet2DConditionModel) -> UNet2DConditionModel:
     config = {key: value for key, value in slim.config.items() if not key.startswith(("slim_", "_", "auto_map"))}
     with torch.device("meta"):
         dense = UNet2DConditionModel.from_config(config)
-    groups = {g.name: g for kinds in (KINDS, ("heads",), ("linear",)) for g in find_groups(dense, kinds=kinds)}
+    groups = by_name(dense)
     ranks: dict[str, int] = slim.config["slim_ranks"]
-    if unknown := [name for name in ranks if name not in groups]:
+    if blocks := [name for name in ranks if groups[name].kind == "resnet"]:
         raise ModelError(
-            f"{unknown[0]} ({len(unknown)} such groups) cannot be padded with zeros to its dense shape: the "
-            "normalisation inside a ResNet block would see them. Compress without this kind of group."
+            f"{blocks[0]} ({len(blocks)} such groups) cannot be filled with zeros: the normalisation inside a ResNet "
+            "block would see them. Compress without --groups resnet."
         )
     state = slim.state_dict()
     for name, rank in sorted(ranks.items(), key=lambda item: item[0].endswith(".heads")):  # heads have their full width

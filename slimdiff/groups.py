@@ -89,6 +89,12 @@ def find_groups(
     return groups
 
 
+def by_name(unet: nn.Module) -> dict[str, Group]:
+    """The groups of every kind. Raises as `find_groups` does."""
+    every = (*KINDS, "resnet"), ("heads",), ("linear",)
+    return {group.name: group for kinds in every for group in find_groups(unet, kinds=kinds)}
+
+
 def _place(item: tuple[str, nn.Module]) -> tuple[int, ...]:
     """Where data meets a module: stage, block, and layer of the block. Modules are registered in another order."""
     path = item[0].split(".")

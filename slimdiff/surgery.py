@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimdiff.groups import KINDS, Group, find_groups, names
+from slimdiff.groups import Group, by_name, names
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.solve.solution import Curve, Factors, Refitted, Solution
 
@@ -130,8 +130,7 @@ def build(
     Weights that do not change are shared with `unet`. `maps` is the rank of the maps for adapters of the dense model;
     with 0 there are none. Convolutions get none in any case.
     """
-    every = (*KINDS, "resnet"), ("heads",), ("linear",)
-    groups = {group.name: group for kinds in every for group in find_groups(unet, kinds=kinds)}
+    groups = by_name(unet)
     cut = {name: rank for name, rank in ranks.items() if rank < groups[name].width}
     with torch.device("meta"):
         slim = SlimUNet2DConditionModel.from_config(unet.config, slim_ranks=cut, slim_maps=maps if cut else 0)

@@ -76,8 +76,7 @@ def test_nothing_cut_is_nothing_changed():
 
 
 def test_resnet_blocks_are_refused_by_name():
-    slim = make_slim("tied", tiny_unet())
-    slim.register_to_config(slim_ranks={**slim.config["slim_ranks"], "mid_block.resnets.0.resnet": 4})
+    slim = SlimUNet2DConditionModel.from_config(tiny_unet().config, slim_ranks={"mid_block.resnets.0.resnet": 4})
     with pytest.raises(ModelError, match=r"mid_block\.resnets\.0\.resnet .*ResNet block"):
         padded(slim)
 
