@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from slimdiff.card import readme
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.files import replacing_folder
 from slimdiff.outputs import PLAN
@@ -29,32 +30,6 @@ _WEIGHTS = re.compile(
 )
 _INDEX = re.compile(r"(?P<stem>\w+)\.safetensors(\.(?P<old_variant>[^.]+))?\.index(\.(?P<variant>[^.]+))?\.json")
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|ckpt|pt|pth|pkl|pickle|msgpack|h5|onnx|onnx_data|pb|xml)(\..*)?")
-
-_README = """---
-library_name: diffusers
-tags: [slimdiff]
----
-A text-to-image model compressed with slimdiff: {groups} groups of its UNet's layers are narrower than in the
-original. `slimdiff/plan.json` holds every decision. The licence of the original model applies.
-
-Without slimdiff (diffusers runs `unet/{module}.py` from this folder):
-
-    import torch
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.float16, trust_remote_code=True)
-
-With slimdiff, which runs no code from here:
-
-    import slimdiff
-    pipe = slimdiff.load("path/to/this/folder")
-
-{loras}
-"""
-
-_LORAS = {
-    True: "LoRAs trained on the original work here: `pipe.load_lora_weights(...)` maps them to the cut layers.",
-    False: "LoRAs trained on the original do not fit cut layers: merge them into the original before compressing it.",
-}
 
 
 def check_output(output: Path, force: bool = False) -> Path:
@@ -108,9 +83,7 @@ def write(
         _write_json(partial / "unet" / "config.json", _read_json(partial / "unet" / "config.json"))
         (partial / PLAN).parent.mkdir()
         (partial / PLAN).write_text(plan_json, encoding="utf-8")
-        loras = _LORAS[bool(unet.config["slim_maps"] or not unet.config["slim_ranks"])]
-        readme = _README.format(groups=len(unet.config["slim_ranks"]), module=MODULE, loras=loras)
-        (partial / "README.md").write_text(readme, encoding="utf-8")
+        (partial / "README.md").write_text(readme(unet.config), encoding="utf-8")
 
 
 def load(path: str | Path, torch_dtype: Any = torch.float32, **kwargs: Any) -> DiffusionPipeline:

@@ -15,6 +15,7 @@ from slimdiff.commands.lora import lora
 from slimdiff.commands.merge import merge
 from slimdiff.commands.profile import profile
 from slimdiff.commands.prompts import prompts
+from slimdiff.commands.push import push
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True})
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, profile, inspect, compare, lora, merge, prompts, dense):
+for _command in (calibrate, compress, bench, profile, inspect, compare, lora, merge, prompts, dense, push):
     main.add_command(_command)
