@@ -32,7 +32,7 @@ def readme(config: Mapping[str, Any]) -> str:
     """Of a slim checkpoint in a folder, from its UNet's config."""
     place = "path/to/this/folder"
     loading = _loading(config, place, ("import slimdiff", f'pipe = slimdiff.load("{place}")'))
-    return _page(ModelCardData(library_name="diffusers", tags=["slimdiff"]), _what(config, "original"), loading)
+    return _page(ModelCardData(library_name="diffusers", tags=["slimdiff"]), _what(config), loading)
 
 
 def card(
@@ -51,7 +51,7 @@ def card(
         base_model=base_model, library_name="diffusers", license=licence, pipeline_tag="text-to-image",
         tags=["slimdiff", "stable-diffusion", "compressed"],
     )  # fmt: skip
-    original = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "original"
+    original = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "the original"
     parts = [f"# {repo.rpartition('/')[2]}", _what(config, original), "\n".join(f"    {line}" for line in summary)]
     if report is not None:
         parts += ["## Measured", measured(report)]
@@ -63,17 +63,17 @@ def _page(data: ModelCardData, *parts: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"
 
 
-def _what(config: Mapping[str, Any], original: str) -> str:
+def _what(config: Mapping[str, Any], original: str = "the original") -> str:
     return (
         f"A text-to-image model compressed with slimdiff: {len(config['slim_ranks'])} groups of its UNet's layers are "
-        f"narrower than in the {original}, cut in closed form, without training. `slimdiff/plan.json` holds every "
+        f"narrower than in {original}, cut in closed form, without training. `slimdiff/plan.json` holds every "
         "decision. The licence of the original model applies."
     )
 
 
 def _loading(config: Mapping[str, Any], place: str, lines: Sequence[str]) -> str:
     """How to load it from `place`, a folder or a name on the hub; `lines` do so with slimdiff."""
-    loras = _LORAS[bool(config["slim_maps"] or not config["slim_ranks"])]
+    loras = _LORAS[bool(config.get("slim_maps") or not config["slim_ranks"])]
     return _LOADING.format(module=MODULE, place=place, slimdiff="\n    ".join(lines), loras=loras)
 
 
@@ -81,7 +81,7 @@ def measured(report: Mapping[str, Any]) -> str:
     """The figures of a benchmark as Markdown; no speed-up stands without its drift."""
     before, after = report["size"]["parameters"]
     macs = [side["total"] for side in report["size"]["macs"]]
-    drift = report["picture"]["drift"]
+    drift, ssim = report["picture"]["drift"], report["fidelity"]["ssim"]["typical"]
     of_drift = " / ".join("not finite" if drift[level] is None else percent(drift[level]) for level in drift)
     rows = [
         ("UNet parameters", count(before), count(after), factor(before / after)),
@@ -94,7 +94,7 @@ def measured(report: Mapping[str, Any]) -> str:
     return (
         "\n".join(table) + f"\n\nDrift of the final latents against the original's at equal seeds (typical / 9 in 10 / "
         f"worst of {len(s['prompts'])} prompts): {of_drift}; 0% is the same picture, unrelated ones reach about 200%. "
-        f"SSIM of typical pictures: {similarity(report['fidelity']['ssim']['typical'])}. Measured with {s['steps']} "
+        f"SSIM of typical pictures: {'not finite' if ssim is None else similarity(ssim)}. Measured with {s['steps']} "
         f"steps and guidance {s['guidance_scale']:g} at {s['width']} x {s['height']} px, in {made['precision']} on "
         f"{made['device']}."
     )
