@@ -12,9 +12,8 @@ from slimdiff.slim_unet import MODULE
 
 _LOADING = """Without slimdiff (diffusers runs `unet/{module}.py` from this folder):
 
-    import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained("{place}", torch_dtype=torch.float16, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained("{place}", trust_remote_code=True)
 
 With slimdiff, which runs no code from here:
 

@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, PreTrainedModel
 
 from slimdiff.card import readme
 from slimdiff.errors import ModelError, OutputError
@@ -64,10 +64,11 @@ def write(
     """Write the complete pipeline folder: `unet`, the other components of the dense `pipe`, and the plan.
 
     The other components are copied as files from `source`, the local folder that `pipe` was loaded from with
-    `variant`, and take plain file names; without `source`, and those `replaced` since, they are saved anew, in the
-    dtype of `unet`, or as they are if that is the UNet of `pipe`. Only safetensors weights are written. The class of
-    the pipeline stays that of `source`, whichever `pipe` has. Text encoders get the weights they have in `pipe` if
-    something was `merged` into it.
+    `variant`, and take plain file names; text encoders name float32 as the dtype to load. Without `source`, and those
+    `replaced` since, they are saved anew, in the dtype of `unet`, or as they are if that is the UNet of `pipe`. Only
+    safetensors weights are written. The class of the pipeline stays that of `source`, whichever `pipe` has. Text
+    encoders get the weights they have in `pipe` if something was `merged` into it.
+
     The folder appears under its name when it is complete, and only then replaces an older one.
 
     Raises OutputError if `output` may not be replaced (see `check_output`) or cannot be written, ModelError if `source`
@@ -201,6 +202,9 @@ def _write_components(
             shutil.copyfile(licence, folder / licence.name)
     for name in anew:
         _save(components[name], folder / name, dtype)
+    for name, component in components.items():
+        if isinstance(component, PreTrainedModel):
+            _unless_told_float32(folder / name / "config.json")
     index["unet"] = [MODULE, SlimUNet2DConditionModel.__name__]
     _write_json(folder / "model_index.json", index)
 
@@ -214,6 +218,17 @@ def _save(component: Any, folder: Path, dtype: torch.dtype | None) -> None:
         component.save_pretrained(folder, state_dict=state)
     else:
         component.save_pretrained(folder)
+
+
+def _unless_told_float32(config: Path) -> None:
+    """Have transformers 5 load a model in float32 unless it is told otherwise, as diffusers loads the UNet.
+
+    Of its own accord it takes the dtype of the file, and a pipeline of two dtypes cannot paint.
+    """
+    content = _read_json(config)
+    if content.get("dtype", content.get("torch_dtype")) != "float32":
+        content.pop("torch_dtype", None)
+        _write_json(config, content | {"dtype": "float32"})
 
 
 def _is_component(value: Any) -> bool:

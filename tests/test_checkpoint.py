@@ -160,6 +160,17 @@ def test_load_passes_the_type_on(written, asked, unet, vae):
     assert (pipe.unet.dtype, pipe.vae.dtype) == (unet, vae)
 
 
+def test_a_plain_load_paints_also_where_text_encoders_are_stored_in_half_precision(tmp_path, source, slim):
+    dense = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16)
+    dense.save_pretrained(tmp_path / "half")
+    wanted = (tmp_path / "half/text_encoder/model.safetensors").read_bytes()
+    checkpoint.write(tmp_path / "slim", slim, dense, PLAN, tmp_path / "half")
+    assert (tmp_path / "slim/text_encoder/model.safetensors").read_bytes() == wanted
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "slim", trust_remote_code=True)
+    assert {pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype} == {torch.float32}
+    assert draw(pipe).isfinite().all()
+
+
 def test_everything_but_the_unet_is_copied_byte_by_byte(source, written):
     assert tree(written) == (tree(source) | {"README.md", "slimdiff/plan.json", "unet/slimdiff_unet.py"})
     copied = [name for name in tree(source) if not name.startswith("unet/") and name != "model_index.json"]
