@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import CONFIGS, randomised
+from architectures import build as build_unet
+from architectures import randomised
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -31,7 +32,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -71,13 +71,12 @@ def make_model(family: str) -> DiffusionPipeline:
     """A complete pipeline of the true sizes; its tokenizer is the miniature's, with room for 77 tokens."""
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer", model_max_length=77)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**CONFIGS[family])
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
         )  # fmt: skip
     schedule: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    shared = {"unet": randomised(unet), "vae": randomised(vae), "tokenizer": tokenizer}
+    shared = {"unet": randomised(build_unet(family)), "vae": randomised(vae), "tokenizer": tokenizer}
     if family == "sdxl":
         return StableDiffusionXLPipeline(
             **shared, tokenizer_2=tokenizer, text_encoder=text_encoder(768, tokenizer),

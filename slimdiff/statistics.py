@@ -2,9 +2,9 @@
 
 Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`,
 `.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`); of patches `.shifted`, `.sums` (see
-`patches.py`) and `.energy`. Products are float32, in an
-unfinished file float64. The metadata's `slimdiff` entry is one JSON object: format version, model reference and
-fingerprint, recipe, number of prompts done, token counts, library versions, checksums.
+`patches.py`) and `.energy`. Products are float32, in an unfinished file float64. The metadata's `slimdiff` entry is one
+JSON object: format version, model reference and fingerprint, recipe, number of prompts done, token counts, library
+versions, checksums.
 """
 
 from __future__ import annotations

@@ -107,9 +107,13 @@ def truncated(unet: nn.Module, group: Group, factors: Factors) -> Iterator[None]
             parameters[name].data = value
 
 
-def adapter_maps(group: Group, solution: Solution, width: int, rank: int) -> dict[str, Tensor]:
-    """What `SlimUNet2DConditionModel` needs to make adapters of the dense model fit a cut group, by buffer name."""
-    into = solution.at(width).into
+def adapter_maps(
+    group: Group, solution: Solution, width: int, into: tuple[Tensor, ...], rank: int
+) -> dict[str, Tensor]:
+    """What `SlimUNet2DConditionModel` needs to make adapters of the dense model fit a cut group, by buffer name.
+
+    `into` are the maps of the solution's factors at this width.
+    """
     if group.kind == "qk":
         scale = (width / group.width) ** 0.5
         maps = {"q": scale * into[0], "k": into[1]}
@@ -138,9 +142,10 @@ def build(
     for name, rank in cut.items():
         found = solutions[name]
         solution = found.solve() if isinstance(found, Curve) else found
-        state |= slim_weights(unet, groups[name], solution.at(rank))
+        factors = solution.at(rank)
+        state |= slim_weights(unet, groups[name], factors)
         if maps and groups[name].kind != "resnet":
-            buffers = adapter_maps(groups[name], solution, rank, maps)
+            buffers = adapter_maps(groups[name], solution, rank, factors.into, maps)
             state |= {key: map_.to(unet.dtype) if map_.is_floating_point() else map_ for key, map_ in buffers.items()}
     slim.load_state_dict(state, strict=True, assign=True)
     return slim.requires_grad_(False).eval()
