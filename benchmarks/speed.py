@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from architectures import CONFIGS, randomised
+from architectures import CONFIGS, TEXT_TOKENS, build, randomised
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -27,7 +27,7 @@ from slimdiff.measured import Timing
 from slimdiff.options import Options
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 from slimdiff.timing import paired
-from slimdiff.widths import item, required, units
+from slimdiff.widths import counted, item, required, units
 
 NARROWER = 1.2
 """How much earlier than value heads query-key heads are narrowed when widths are independent."""
@@ -38,11 +38,12 @@ def ranks(dense: UNet2DConditionModel, latents: tuple[int, int], budget: float, 
     groups = find_groups(dense, token_counts(dense, latents))
     options = Options(budget, influence="uniform", independent_ranks=independent)
     together = units(groups, options)
-    items = [item(members, {g.name: torch.zeros(g.width + 1) for g in groups}, options) for members in together]
+    spent_in = counted(sum(p.numel() for p in dense.parameters()), groups, options.of)
+    errors = {g.name: torch.zeros(g.width + 1) for g in groups}
+    items = [item(members, errors, options, spent_in) for members in together]
     early = [NARROWER if independent and members[0].kind == "qk" else 1.0 for members in together]
     levels = [[k * cost / one.costs[0] for cost in one.costs] for k, one in zip(early, items, strict=True)]
-    to_save = required(sum(p.numel() for p in dense.parameters()), groups, options)
-    widths = level_out(items, to_save, levels).widths
+    widths = level_out(items, required(groups, options, spent_in), levels).widths
     return {g.name: widths[unit[0].name] for unit in together for g in unit if widths[unit[0].name] < g.width}
 
 
@@ -91,9 +92,8 @@ def main() -> None:
     print("| UNet call | dense | slim | speed-up (quartiles) | ideal | share of ideal |\n|---|---|---|---|---|---|")
     for name, pixels in (run.split(":") for run in args.runs):
         latents = (int(pixels) // 8, int(pixels) // 8)
-        with torch.device("meta"):
-            dense = UNet2DConditionModel(**CONFIGS[name])
-        macs, inputs = count(dense, latents).total, meta_inputs(dense, latents, 77)
+        dense = build(name)
+        macs, inputs = count(dense, latents).total, meta_inputs(dense, latents, TEXT_TOKENS)
         cut = {
             (widths, budget): ranks(dense, latents, budget, widths == "independent")
             for widths in args.widths
