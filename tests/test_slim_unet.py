@@ -355,9 +355,9 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(compiled(**make_inputs()).sample, before, rtol=0, atol=2e-6)
 
 
-def test_repeated_blocks_compile_past_the_recompile_limit(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)  # unlike monkeypatch, it leaves the setting as it was
+def test_repeated_blocks_compile_past_the_recompile_limit():
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     unet = make_unet(UNTIED_DOWN, **ONE_LEVEL)
     before = run(unet)
     unet.compile_repeated_blocks(backend="eager", fullgraph=True)
