@@ -133,9 +133,10 @@ class Chain:
         args, dense = self.args, self.source()
         pipe = pipeline.load(dense, getattr(torch, args.dtype)).to(args.device)
         times = [time.perf_counter()]
-        plan, solutions = make_plan(pipe, StatisticsFile(self.statistics_path), Options(args.budget, influence="local"))
+        options = Options(args.budget, influence="local")
+        plan, solutions = make_plan(pipe, StatisticsFile(self.statistics_path), options)
         times.append(time.perf_counter())
-        slim = build(pipe.unet, plan.ranks(), solutions)
+        slim = build(pipe.unet, plan.ranks(), solutions, maps=options.lora_maps)
         times.append(time.perf_counter())
         shutil.rmtree(self.slim, ignore_errors=True)
         checkpoint.write(self.slim, slim.half(), pipe, plan.to_json(), dense.folder)

@@ -3,6 +3,7 @@
     python benchmarks/quality.py -o build/quality                                # methods x budgets x seeds
     python benchmarks/quality.py -o build/quality --ablation                     # one idea of slimdiff less at a time
     python benchmarks/quality.py -o build/quality --prompt-counts 8 32 128 500   # fewer calibration prompts
+    python benchmarks/quality.py -o build/quality --prompt-counts 8 32 --chosen  # as few, by `slimdiff prompts`
     python benchmarks/quality.py -o build/quality --report                       # write the report, measure nothing
 
 Each measurement is a line of OUT/rows.jsonl and is not made twice; runs of different seeds may share OUT at the same
@@ -37,6 +38,7 @@ from slimdiff.groups import KINDS, Kind, find_groups
 from slimdiff.macs import token_counts
 from slimdiff.methods import Evidence, Method
 from slimdiff.options import INFLUENCES, METHODS, MethodName, Of, Options
+from slimdiff.prompts import choose
 from slimdiff.solve.ffn import leverage, solve_ffn
 from slimdiff.solve.qk import solve_qk
 from slimdiff.solve.solution import Solution
@@ -52,6 +54,8 @@ WAYS = [
 ]  # fmt: skip
 SHEET_BUDGETS = (0.35, 0.5, 0.65)
 BY_TIMESTEP = (DEFAULT, "slimdiff:noise", "slimdiff:local", "paper", PLAIN, "svd-llm", "wanda")
+FEWER = {"prompts": "", "chosen": " chosen"}
+"""Modes with fewer prompts than the others, and what tells them apart."""
 KEY = ("fingerprint", "mode", "way", "budget", "of", "seed", "prompts", "steps", "captions")
 
 
@@ -100,9 +104,14 @@ def variants() -> dict[str, Method]:
             return solve_vo(e.inner(), e.out()[0], e.group.heads, has_bias=False)
         return solve_ffn(e.guided(), e.out()[0], has_bias=False)
 
+    def alone(e: Evidence) -> Solution:
+        weight, has_bias = e.out()
+        return solve_vo(e.inner(), weight, e.group.heads, has_bias, sweeps=0)
+
     return {
         "no key centring": variant("qk", uncentred, baselines=True),
         "value covariances": variant("vo", lambda e: whiten_vo(e.projected(), e.out()[0]), baselines=True),
+        "each head alone": variant("vo", alone),
         "ridge leverage": variant("ffn", lambda e: solve_ffn(e.guided(), *e.out(), choose=leverage)),
         "no guidance in the sums": variant("ffn", lambda e: solve_ffn(e.inner(), *e.out()), baselines=True),
         "no bias correction": variant("vo ffn", uncorrected),
@@ -139,7 +148,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
                 mode = "main" if way.name in WAYS else "ablation"
                 yield from (Job(mode, way, budget, "macs", seed, args.prompts) for budget in GOALS)
         for prompts in args.prompt_counts:
-            mode = "main" if prompts == args.prompts else "prompts"
+            mode = "main" if prompts == args.prompts else "chosen" if args.chosen else "prompts"
             yield from (Job(mode, parse(DEFAULT), budget, "macs", seed, prompts) for budget in GOALS)
         if not args.ablation and not args.prompt_counts:
             for way in args.ways:
@@ -168,13 +177,19 @@ class Bench:
         yardstick.save_strip(found.pictures, self.out / "pictures/dense.png")
         return found
 
-    def _statistics(self, seed: int, prompts: int, weights: str) -> StatisticsFile:
-        """Calibrate with the default recipe; seeds other than 0 draw other captions and noise."""
+    def _statistics(self, seed: int, prompts: int, weights: str, are_chosen: bool) -> StatisticsFile:
+        """Calibrate with the default recipe; seeds other than 0 draw other captions and noise.
+
+        Of 500 captions (or more, where more are asked for), the first ones are taken, or those that cover all best.
+        """
         changes = {"seed": 100_000 * seed, "timestep_weights": weights, "baselines": True}
         captions = tuple(scenes.captions(max(500, prompts), seed=500 + 10 * seed, held_out=False))
+        if are_chosen:
+            captions = choose(self.pipe, captions, prompts).prompts
         size = pipeline.native_size(self.pipe)
         job = recipe.family_recipe("demo", size, prompts=captions, num_prompts=prompts, **changes)
-        parts = [f"seed-{seed}", f"-prompts-{prompts}" * (prompts != 500), f"-{weights}" * (weights != "uniform")]
+        parts = [f"seed-{seed}", f"-prompts-{prompts}" * (prompts != 500), "-chosen" * are_chosen]
+        parts += [f"-{weights}" * (weights != "uniform")]
         path = self.out / "".join(parts) / "statistics.safetensors"
         collect(self.pipe, self.dense, job, path)
         return StatisticsFile(path)
@@ -187,7 +202,7 @@ class Bench:
 
     def compute(self, job: Job) -> Row:
         """All methods remove a share of what slimdiff's groups hold; svd-llm's, for one, leave out attention cores."""
-        way, file = job.way, self.statistics(job.seed, job.prompts, job.way.weights)
+        way, file = job.way, self.statistics(job.seed, job.prompts, job.way.weights, job.mode == "chosen")
         method, measure = methods.METHODS[cast(MethodName, way.method)], self.yardstick().measure
         factor = self.held(KINDS, job.of) / self.held(method.kinds, job.of)
         began = time.perf_counter()
@@ -251,7 +266,7 @@ def draw(rows: Sequence[Row], main: Sequence[Row], out: Path, captions: Sequence
             curves[way] = [(t, y, None) for t, y in zip(chosen[0]["timesteps"], noise.tolist(), strict=True)]
     title = "Guided noise prediction along the dense trajectory, 0.35 of MACs removed"
     add("timesteps.png", title, curves, "timestep")
-    counted = pick(rows, way=DEFAULT, of="macs")
+    counted = [row for row in pick(rows, way=DEFAULT, of="macs") if row["mode"] != "chosen"]
     curves = {f"{b:g} of MACs": along(c, "prompts") for b in GOALS if (c := pick(counted, budget=b))}
     title = f"Final latents of {DEFAULT} (thick: median, thin: 90th percentile)"
     add("prompts.png", title, curves, "calibration prompts", True)
@@ -290,12 +305,13 @@ def report(rows: Sequence[Row], main: Sequence[Row], model: str, drawn: Sequence
     at_goals = [row for row in rows if row["of"] == "macs" and row["budget"] in GOALS]
     if any(row["mode"] == "ablation" for row in rows):
         ways = {way.name: i for i, way in enumerate(ablations())}
-        chosen = [row for row in at_goals if row["way"] in ways and row["mode"] != "prompts"]
+        chosen = [row for row in at_goals if row["way"] in ways and row["mode"] not in FEWER]
         chosen.sort(key=lambda row: ways[row["way"]])
         parts += [f"## One idea changed, budgets of {OF['macs']} (and times the default's median)"]
         parts += [yardstick.grid(chosen, "way", against_default)]
-    if any(row["mode"] == "prompts" for row in rows):
+    if any(row["mode"] in FEWER for row in rows):
         chosen = sorted((row for row in at_goals if row["way"] == DEFAULT), key=lambda row: row["prompts"])
+        chosen = [{**row, "prompts": f"{row['prompts']}{FEWER.get(row['mode'], '')}"} for row in chosen]
         parts += [
             f"## Number of calibration prompts, budgets of {OF['macs']}",
             yardstick.grid(chosen, "prompts", errors),
@@ -318,6 +334,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500, help="of calibration")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--prompt-counts", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--chosen", action="store_true", help="those prompts that cover 500 best")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -331,7 +348,7 @@ def main() -> None:
         methods.METHODS.update(cast(Any, variants()))  # compress looks methods up by name
         work_off(list(jobs(args)), path, common, bench.compute)
     rows = [row for row in yardstick.read(path) if all(row[key] == value for key, value in common.items())]
-    rows = [row for row in rows if row["mode"] == "prompts" or row["prompts"] == args.prompts]
+    rows = [row for row in rows if row["mode"] in FEWER or row["prompts"] == args.prompts]
     if not rows:
         sys.exit(f"{path} holds no row of this model, captions, steps and prompts.")
     order = {name: i for i, name in enumerate(WAYS)}

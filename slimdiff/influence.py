@@ -49,7 +49,7 @@ CHANGED = 1e-3
 KEEP_EVERY = 10.0
 """Seconds between two writes of the cache."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -307,13 +307,13 @@ def test_more_prompts_than_there_are_find_their_cache(tiny, tmp_path):
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[1, 2]",
-        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 2', '"format": 1'),
         lambda text: text.replace('"statistics": "digest"', '"statistics": "another"'),
         lambda text: text.replace('"local"', '"lokal"'),
         lambda text: text.replace('"errors": [', '"errors": [null, '),
         lambda text: text.replace('"errors": [', '"errors": [0.5, '),
         lambda text: '{"statistics": "digest", "prompts": 3, "steps": 2, "widths": {}, "errors": {}}',
-        lambda text: '{"format": 1, "statistics": "digest", "runs": 3}',
+        lambda text: '{"format": 2, "statistics": "digest", "runs": 3}',
     ],
 )
 def test_damaged_and_foreign_caches_are_replaced(tiny, tmp_path, damage):

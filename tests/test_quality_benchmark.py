@@ -36,7 +36,7 @@ def row(way: str, budget: float, final: list[float], of: str = "macs", seed: int
 def asked(**changes: object) -> argparse.Namespace:
     ways = [quality.parse("slimdiff"), quality.parse("paper")]
     plain = {"seeds": [0, 1], "budgets": [0.2, 0.5], "of": ["macs"], "ways": ways, "prompts": 500}
-    return argparse.Namespace(**{**plain, "ablation": False, "prompt_counts": [], **changes})
+    return argparse.Namespace(**{**plain, "ablation": False, "prompt_counts": [], "chosen": False, **changes})
 
 
 def test_ways():
@@ -59,12 +59,14 @@ def test_jobs_of_the_modes():
     assert len(list(quality.jobs(asked()))) == 8
     ablation = list(quality.jobs(asked(ablation=True)))
     assert {job.way.name for job in ablation if job.mode == "ablation"} == {
-        "no key centring", "value covariances", "ridge leverage", "no guidance in the sums",
+        "no key centring", "value covariances", "each head alone", "ridge leverage", "no guidance in the sums",
         "no bias correction", "no refitted output", "timesteps decreasing", "timesteps sigma",
     }  # fmt: skip
     assert all(job.way.name in quality.WAYS for job in ablation if job.mode == "main")
     counts = list(quality.jobs(asked(prompt_counts=[8, 500])))
     assert {(job.prompts, job.mode) for job in counts} == {(8, "prompts"), (500, "main")}
+    counts = list(quality.jobs(asked(prompt_counts=[8, 500], chosen=True)))
+    assert {(job.prompts, job.mode) for job in counts} == {(8, "chosen"), (500, "main")}
 
 
 def test_variants_change_one_kind_of_group_each():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from baselines import CASES, accumulated, correlated, draw, moments, random_vo, svd_vo, whitened_vo
 from torch import Tensor
 
-from slimdiff.linalg import RIDGE, regularised
+from slimdiff.linalg import RIDGE
 from slimdiff.solve.solution import Factors
 from slimdiff.solve.vo import VOSolution, solve_vo
 
@@ -28,7 +30,14 @@ def error(z: Tensor, weight: Tensor, other: Tensor, bias: Tensor | float = 0.0, 
     return float((z @ other.mT + bias - y).square().sum() / energy)
 
 
-def solved(z: Tensor, seed: int = 5, **options: bool) -> tuple[VOSolution, Tensor]:
+def exact(solution: VOSolution, r: int) -> float:
+    """The relative error of a solution's factors in the moment it was fitted to."""
+    weight, moment = solution.weight, solution.moment
+    lost = weight - dense_weight(solution.at(r))
+    return float(torch.trace(lost @ moment @ lost.mT) / torch.trace(weight @ moment @ weight.mT))
+
+
+def solved(z: Tensor, seed: int = 5, **options: int) -> tuple[VOSolution, Tensor]:
     weight = draw(C, H * D, seed=seed)
     return solve_vo(moments(z), weight, H, **options), weight
 
@@ -38,21 +47,17 @@ def solved(z: Tensor, seed: int = 5, **options: bool) -> tuple[VOSolution, Tenso
 def test_predicted_error_is_the_error_on_the_tokens_at_every_width(case, has_bias):
     for seed in (0, 100):
         z = CASES[case](correlated(N, H * D, seed))
-        solution, weight = solved(z, seed, has_bias=has_bias)
+        solution, weight = solved(z, seed, has_bias=has_bias, sweeps=0)
         assert solution.error.shape == (D + 1,)
         assert solution.error[0] == 1
         assert solution.error[D] == 0
         assert (solution.error.diff() <= 0).all()
-        moment = regularised(moments(z).covariance if has_bias else moments(z).second)
         for r in range(1, D + 1):
             factors = solution.at(r)
             assert factors.into[0].shape == (H, r, D)
             assert factors.out.shape == (C, H * r)
-            other = dense_weight(factors)
-            lost = weight - other
-            exact = torch.trace(lost @ moment @ lost.mT) / torch.trace(weight @ moment @ weight.mT)
-            assert float(solution.error[r]) == pytest.approx(float(exact), rel=1e-6, abs=1e-9)
-            measured = error(z, weight, other, factors.bias, centred=has_bias)
+            assert float(solution.error[r]) == pytest.approx(exact(solution, r), rel=1e-6, abs=1e-9)
+            measured = error(z, weight, dense_weight(factors), factors.bias, centred=has_bias)
             assert measured == pytest.approx(float(solution.error[r]), abs=100 * RIDGE)
 
 
@@ -76,11 +81,56 @@ def test_a_layer_that_passes_nothing_on_loses_nothing():
     assert not solution.at(2).out.any()
 
 
-def test_widths_are_nested_and_rows_orthonormal():
-    solution, _ = solved(correlated(N, H * D, seed=2))
-    full = solution.at(D).into[0]
-    torch.testing.assert_close(full @ full.mT, torch.eye(D, dtype=torch.float64).expand(H, D, D), rtol=0, atol=1e-12)
-    assert torch.equal(solution.at(2).into[0], full[:, :2])
+def test_heads_that_choose_alone_are_nested():
+    solution, _ = solved(correlated(N, H * D, seed=2), sweeps=0)
+    assert torch.equal(solution.at(2).into[0], solution.at(D).into[0][:, :2])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_orthonormal(case):
+    solution, _ = solved(CASES[case](correlated(N, H * D, seed=2)))
+    for r in range(1, D + 1):
+        rows = solution.at(r).into[0]
+        assert rows.shape == (H, r, D)
+        unit = torch.eye(r, dtype=torch.float64).expand(H, r, r)
+        torch.testing.assert_close(rows @ rows.mT, unit, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "zero"])
+def test_choosing_together_never_errs_more_and_each_sweep_less(case):
+    z = CASES[case](correlated(N, H * D, seed=14))
+    by_sweeps = [solved(z, sweeps=sweeps)[0] for sweeps in (0, 1, 2, 8)]
+    for r in range(1, D):
+        found = [exact(solution, r) for solution in by_sweeps]
+        assert all(more <= less * (1 + 1e-6) + 1e-9 for less, more in pairwise(found))
+        assert found[2] <= float(by_sweeps[2].error[r]) * (1 + 1e-6) + 1e-9
+        if case == "plain":
+            assert found[2] < 0.95 * found[0]
+            assert found[2] < 1.1 * found[3]
+
+
+def test_no_head_can_choose_better_once_all_have_chosen():
+    solution, weight = solved(correlated(N, H * D, seed=15), sweeps=100)
+    maps, r = solution.at(3).into[0], 3
+
+    def lost(maps: Tensor) -> float:
+        rows = torch.block_diag(*maps)
+        kept = weight @ solution.moment @ rows.mT
+        explained = kept @ torch.linalg.solve(rows @ solution.moment @ rows.mT, kept.mT)
+        return float(torch.trace(weight @ solution.moment @ weight.mT) - torch.trace(explained))
+
+    best = lost(maps)
+    for seed in range(20):
+        other = maps.clone()
+        other[seed % H] += 0.05 * draw(r, D, seed=seed)
+        assert lost(other) > best
+
+
+def test_one_head_has_nobody_to_choose_with():
+    z, weight = correlated(N, D, seed=16), draw(C, D, seed=17)
+    together, alone = (solve_vo(moments(z), weight, 1, sweeps=sweeps) for sweeps in (2, 0))
+    first, second = (solution.at(3).into[0].mT @ solution.at(3).out.mT for solution in (together, alone))
+    torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
