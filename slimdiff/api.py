@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from slimdiff import checkpoint, families, outputs, pipeline, recipe, source
+from slimdiff import checkpoint, evaluation, families, outputs, pipeline, recipe, source
 from slimdiff.bench import measure
 from slimdiff.calibrate import collect
 from slimdiff.compress import Options, cut
 from slimdiff.errors import ModelError
+from slimdiff.evaluation import SIDE, STEPS
 from slimdiff.measured import Settings
+from slimdiff.metrics import choice
 from slimdiff.options import share_of
 from slimdiff.plan import Plan
 from slimdiff.profile import tables
+from slimdiff.report.evaluation import Evaluation
 from slimdiff.report.results import Report
 from slimdiff.source import DEMO, Source
 from slimdiff.statistics import StatisticsFile
@@ -140,19 +143,50 @@ def bench(
 
     Raises ModelError if `slim` was not made from `dense`, SlimdiffError if they differ in device or dtype.
     """
-    plan = plan_of(slim)
-    made = plan.provenance["recipe"]
-    plan.check_model(pipeline.fingerprint(dense.unet), _source(dense).reference)
-    texts = tuple(recipe.bench_prompts(made["family"]) if prompts is None else prompts)[:num_prompts]
-    pipes = _painter(dense), _painter(slim)
-    for pipe in pipes:
-        pipeline.use_scheduler(pipe, made["scheduler"])
-    asked: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    settings = Settings(
-        prompts=texts, negatives=("",) * len(texts), seed=seed, batch_sizes=tuple(batch_sizes), repeats=repeats,
-        **{name: made[name] if value is None else value for name, value in asked.items()},
+    plan, settings, pipes = _compared(
+        dense, slim, prompts, num_prompts, steps=steps, guidance_scale=guidance_scale, height=height, width=width,
+        seed=seed, batch_sizes=tuple(batch_sizes), repeats=repeats,
     )  # fmt: skip
     return measure(*pipes, plan, settings)
+
+
+def evaluate(
+    dense: DiffusionPipeline,
+    slim: DiffusionPipeline,
+    prompts: Sequence[str] | None = None,
+    output: str | Path = "evaluation",
+    *,
+    metrics: Sequence[str] = ("clip", "fid", "lpips"),
+    reference: str | Path | None = None,
+    num_prompts: int | None = None,
+    steps: int = STEPS,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 10_000,
+    size: int = SIDE,
+    batch_size: int | None = None,
+    keep_images: bool = True,
+    **options: Any,
+) -> Evaluation:
+    """Measure the pictures of a dense pipeline and its slim one with CLIP score, FID and LPIPS, as papers do.
+
+    Both paint every prompt from the noise of `seed + i` into the folder `output`, where the same call goes on if it was
+    stopped, and pictures are measured shrunk to `size` pixels. `reference` is a folder of real pictures for FID, which
+    without it is of the slim pictures to the dense ones. What is None is as in `bench`. `options` are `clip_model`,
+    `weights` and `fid_features` of `metrics.choice.load`. `print(found.table())` shows the scores.
+
+    Raises SlimdiffError, before painting, if a metric's weights cannot be had or the pipelines differ in device or
+    dtype, ModelError if `slim` was not made from `dense`, OutputError if `output` holds pictures of something else.
+    """
+    plan, settings, pipes = _compared(
+        dense, slim, prompts, num_prompts, steps=steps, guidance_scale=guidance_scale, height=height, width=width,
+        seed=seed,
+    )  # fmt: skip
+    loaded = choice.load(metrics, reference=None if reference is None else Path(reference), **options)
+    return evaluation.evaluate(
+        *pipes, plan, settings, loaded, Path(output), side=size, batch_size=batch_size, keep=keep_images
+    )
 
 
 def plan_of(slim: DiffusionPipeline) -> Plan:
@@ -182,6 +216,24 @@ def _painter(pipe: DiffusionPipeline) -> DiffusionPipeline:
     if getattr(own, "safety_checker", None) is not None:
         own.safety_checker = None
     return own
+
+
+def _compared(
+    dense: DiffusionPipeline,
+    slim: DiffusionPipeline,
+    prompts: Sequence[str] | None,
+    num_prompts: int | None,
+    **changes: Any,
+) -> tuple[Plan, Settings, tuple[DiffusionPipeline, DiffusionPipeline]]:
+    """Both pipelines as calibration ran, but for `changes`. Raises ModelError if they do not belong together."""
+    plan = plan_of(slim)
+    made = plan.provenance["recipe"]
+    plan.check_model(pipeline.fingerprint(dense.unet), _source(dense).reference)
+    texts = tuple(recipe.bench_prompts(made["family"]) if prompts is None else prompts)[:num_prompts]
+    pipes = _painter(dense), _painter(slim)
+    for pipe in pipes:
+        pipeline.use_scheduler(pipe, made["scheduler"])
+    return plan, Settings.like(made, texts, **changes), pipes
 
 
 def _with_unet(pipe: DiffusionPipeline, unet: Any) -> DiffusionPipeline:

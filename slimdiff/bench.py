@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from slimdiff import __version__
-from slimdiff.errors import SlimdiffError
 from slimdiff.fidelity import compare
 from slimdiff.inpainting import canvases
 from slimdiff.macs import count
 from slimdiff.measured import Settings, Size, Timing
-from slimdiff.pipeline import device_name, paint
+from slimdiff.pairs import check_alike, provenance, quiet
+from slimdiff.pipeline import paint
 from slimdiff.plan import Plan
 from slimdiff.report.results import Report
 from slimdiff.timing import paired, peak_growth
@@ -46,41 +37,13 @@ def measure(
 
     Raises SlimdiffError if they differ in device, precision or scheduler, which would compare something else.
     """
-    _check(dense, slim)
-    with _quiet(dense), _quiet(slim):
+    check_alike(dense, slim)
+    with quiet(dense), quiet(slim):
         fidelity, pictures = compare(dense, slim, settings)
         speed = [_unet_timing(dense, slim, settings, prompts) for prompts in settings.batch_sizes]
         speed.append(_picture_timing(dense, slim, settings))
         size = _size(dense, slim, settings, sizes)
-    return Report(settings, plan, size, tuple(speed), fidelity, tuple(pictures), _provenance(dense))
-
-
-def _check(dense: DiffusionPipeline, slim: DiffusionPipeline) -> None:
-    def described(pipe: DiffusionPipeline) -> dict[str, Any]:
-        options = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-        return {
-            "device": str(pipe.unet.device),
-            "precision": str(pipe.unet.dtype).removeprefix("torch."),
-            "scheduler": f"{type(pipe.scheduler).__name__} {options}",
-        }
-
-    ours, theirs = described(dense), described(slim)
-    for what, value in ours.items():
-        if value != theirs[what]:
-            raise SlimdiffError(
-                f"The dense and the slim pipeline differ in {what} ({value} against {theirs[what]}), so their times "
-                f"and pictures cannot be compared. Load both with the same {what}."
-            )
-
-
-@contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
-    before = dict(getattr(pipe, "_progress_bar_config", None) or {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
+    return Report(settings, plan, size, tuple(speed), fidelity, tuple(pictures), provenance(dense))
 
 
 def _unet_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, prompts: int) -> Timing:
@@ -159,26 +122,3 @@ def _bytes(*modules: nn.Module) -> int:
     """Of all parameters and buffers, each storage once."""
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-
-
-def _provenance(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """How the figures were made. Names the kind of machine, not the machine."""
-    device = pipe.unet.device
-    packages = ("torch", "diffusers", "transformers", "numpy")
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": device_name(device),
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "precision": str(pipe.unet.dtype).removeprefix("torch."),
-        "scheduler": type(pipe.scheduler).__name__,
-        "pipeline": type(pipe).__name__,
-        "versions": {
-            "slimdiff": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-            **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
-        },
-        "system": f"{platform.system()} {platform.machine()}",
-    }

@@ -10,6 +10,7 @@ from slimdiff.commands.calibrate import calibrate
 from slimdiff.commands.compare import compare
 from slimdiff.commands.compress import compress
 from slimdiff.commands.dense import dense
+from slimdiff.commands.eval import evaluate
 from slimdiff.commands.inspect import inspect
 from slimdiff.commands.lora import lora
 from slimdiff.commands.merge import merge
@@ -33,6 +34,7 @@ def main() -> None:
     slimdiff merge PART...              parts of a calibration that several machines ran, added up
     slimdiff inspect PATH               what is in a statistics file, a plan or a slim checkpoint
     slimdiff compare RUN RUN ...        several benchmarks: quality against speed
+    slimdiff eval                       CLIP score, FID and LPIPS of dense and slim, as papers measure them
 
     The first three, typed one after the other in any folder, pick up what the one before left in ./slimdiff-out.
     Without a MODEL they run on a miniature Stable Diffusion that comes with slimdiff. MODEL is a hub id (owner/name), a
@@ -40,5 +42,5 @@ def main() -> None:
     """
 
 
-for _command in (calibrate, compress, bench, profile, inspect, compare, lora, merge, prompts, dense, push):
+for _command in (calibrate, compress, bench, evaluate, profile, inspect, compare, lora, merge, prompts, dense, push):
     main.add_command(_command)

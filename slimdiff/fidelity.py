@@ -32,9 +32,7 @@ SIGMA, REACH = 1.5, 5
 def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> tuple[Fidelity, list[Picture]]:
     """Sample every prompt with both models, and along the dense trajectory compare their guided predictions."""
     prompts = len(settings.prompts)
-    scale = dense.vae_scale_factor
-    positions = (settings.height // scale) * (settings.width // scale)
-    batch = max(1, min(LARGEST_BATCH, LATENTS_AT_ONCE // positions))
+    batch = pictures_at_once(dense, settings)
     drift: list[float] = []
     noise: list[list[float]] = []
     timesteps: list[float] = []
@@ -69,6 +67,13 @@ def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Setting
         )
         for i, label in pick(drift, settings.pictures)
     ]  # fmt: skip
+
+
+def pictures_at_once(pipe: DiffusionPipeline, settings: Settings) -> int:
+    """A batch that fits most devices."""
+    scale = pipe.vae_scale_factor
+    positions = (settings.height // scale) * (settings.width // scale)
+    return max(1, min(LARGEST_BATCH, LATENTS_AT_ONCE // positions))
 
 
 def finite(error: Tensor) -> list[float]:

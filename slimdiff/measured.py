@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,14 @@ class Settings:
                 raise SlimdiffError(f"The benchmark's {name} cannot be {value}; the least is 1.")
         if self.pictures < 0:
             raise SlimdiffError(f"{self.pictures} pictures cannot be shown; the least is 0.")
+
+    @staticmethod
+    def like(made: Mapping[str, Any], prompts: Sequence[str], **changes: Any) -> Settings:
+        """As calibration ran, `made` being its recipe in a plan's provenance, but without negative prompts and with
+        the changes that are not None."""
+        kept = {name: made[name] for name in ("steps", "guidance_scale", "height", "width")}
+        asked = {name: value for name, value in changes.items() if value is not None}
+        return Settings(tuple(prompts), ("",) * len(prompts), **kept | asked)
 
     @property
     def rows_per_prompt(self) -> int:

@@ -53,6 +53,10 @@ def report_path(slim: Path) -> Path:
     return slim.parent / f"bench-{slim.name.removeprefix('slim-')}"
 
 
+def evaluation_path(slim: Path) -> Path:
+    return slim.parent / f"eval-{slim.name.removeprefix('slim-')}"
+
+
 def newest_statistics() -> Path:
     return _newest(ROOT.glob("*/statistics.safetensors"), "statistics file", "slimdiff calibrate")
 

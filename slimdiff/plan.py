@@ -79,7 +79,7 @@ class Plan:
         if fingerprint != self.provenance["fingerprint"]:
             raise ModelError(
                 f"The slim checkpoint was made from {self.provenance['model']}, which is not {reference}. "
-                "Pass the model it was made from as --dense."
+                "Compare it with the model it was made from."
             )
 
     def to_json(self) -> str:

@@ -46,7 +46,7 @@ def bench(
     """
     import json
 
-    from slimdiff import checkpoint, pipeline, recipe, source
+    from slimdiff import checkpoint, pairs, recipe, source
     from slimdiff.bench import Settings, measure
     from slimdiff.plan import Plan
     from slimdiff.report import page
@@ -58,26 +58,10 @@ def bench(
     made = plan.provenance["recipe"]
     texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
     texts = texts[:num_prompts]
-    on = pipeline.device_of(device)
-    in_dtype = pipeline.dtype_of(dtype, on)
-    kept = plan.provenance.get("model_options", {}) if dense is None else {}
-    found = source.find(dense or plan.provenance["model"], **kept | ({"variant": variant} if variant else {}))
-    found = found.with_loras(plan.provenance.get("loras", ()))
-    pipes = pipeline.load(found, in_dtype), pipeline.painter(checkpoint.load(slim, torch_dtype=in_dtype))
-    plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
-    for pipe in pipes:
-        pipeline.use_scheduler(pipe, made["scheduler"])
-        pipe.to(on)
-    settings = Settings(
-        prompts=texts,
-        negatives=("",) * len(texts),
-        seed=seed,
-        batch_sizes=batch_sizes,
-        repeats=repeats,
-        **{name: made[name] if value is None else value for name, value in changes.items()},
-    )
+    dense_pipe, slim_pipe, found = pairs.load(slim, dense, device=device, dtype=dtype, variant=variant)
+    settings = Settings.like(made, texts, seed=seed, batch_sizes=batch_sizes, repeats=repeats, **changes)
     sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
-    result = measure(*pipes, plan, settings, sizes=sizes)
+    result = measure(dense_pipe, slim_pipe, plan, settings, sizes=sizes)
     json_path, html_path = page.write(result, output or outputs.report_path(slim))
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
     say(f"report: {json_path}\npictures: {html_path}")

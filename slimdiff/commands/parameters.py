@@ -15,6 +15,7 @@ from slimdiff.errors import SlimdiffError
 
 PATH = click.Path(path_type=Path)
 KINDS = ("qk", "vo", "ffn", "resnet")
+METRIC_NAMES = ("clip", "fid", "lpips")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -57,6 +58,13 @@ def _kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def _metrics(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if unknown := [name for name in names if name not in METRIC_NAMES]:
+        raise ValueError(f"'{unknown[0]}' is not a metric; choose from {', '.join(METRIC_NAMES)}.")
+    return names
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdigit() and int(part) for part in text.split(",")):
         raise ValueError(f"'{text}' is not a list of batch sizes, as in 1,4.")
@@ -79,6 +87,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 SHARES, GROUPS, SIZES = Parsed("shares", _shares), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
+METRICS = Parsed("metrics", _metrics)
 LORA, SHARD = Parsed("file[:scale]", _lora), Parsed("part/parts", _shard)
 
 
