@@ -1,8 +1,8 @@
 """slimdiff: pretrained Stable Diffusion UNets made smaller and faster after training, without gradients.
 
 `slimdiff.calibrate`, `slimdiff.compress`, `slimdiff.bench` and `slimdiff.evaluate` do on loaded pipelines what the
-commands of these names (the last is `slimdiff eval`) do; `slimdiff.save` and `slimdiff.load` are for slim checkpoints. They are imported when first used, so that
-`import slimdiff` costs nothing.
+commands of these names (the last is `slimdiff eval`) do; `slimdiff.save` and `slimdiff.load` are for slim checkpoints.
+They are imported when first used, so that `import slimdiff` costs nothing.
 """
 
 from __future__ import annotations

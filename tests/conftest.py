@@ -11,10 +11,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from slimdiff.families import PAINTERS, inpaints, is_xl
 from slimdiff.groups import Group
+from slimdiff.metrics import inception, lpips
 from slimdiff.solve.solution import Solution
 from slimdiff.surgery import truncated
 
@@ -118,6 +128,50 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense pipeline, saved; tests must not change it."""
     folder = tmp_path_factory.mktemp("dense") / "tiny"
     tiny_pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+    return folder
+
+
+def stand_in(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights for a network of metrics that take no space in a file: all are windows on the same numbers.
+
+    Variances of normalisations are such that outputs neither vanish nor grow.
+    """
+    numbers = torch.randn(700_000, generator=torch.Generator().manual_seed(0))
+    state = {name: torch.zeros_like(x) for name, x in network.state_dict().items() if x.ndim == 1}
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            state[f"{name}.weight"] = numbers.as_strided(layer.weight.shape, (1009, 101, 11, 1))
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            before = network.get_submodule(name.removesuffix(".bn") + ".conv").weight[0].numel()
+            state[f"{name}.weight"] = torch.ones(layer.num_features)
+            state[f"{name}.running_var"] = torch.full((layer.num_features,), before / 2)
+    return state
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files in the place of the published weights of FID and LPIPS."""
+    folder = tmp_path_factory.mktemp("weights")
+    for network, url in ((inception.Inception(), inception.URL), (lpips.Lpips(), lpips.URL)):
+        state = {name: x for name, x in stand_in(network).items() if not name.startswith("heads")}
+        torch.save(state, folder / url.rpartition("/")[2])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP model with its processor, saved as transformers does."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    torch.manual_seed(0)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+        "patch_size": 8,
+    }  # fmt: skip
+    text = tiny_text(tokenizer, 16).to_dict()
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(image_processor=CLIPImageProcessor(**sizes), tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 

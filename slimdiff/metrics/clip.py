@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
@@ -27,13 +29,15 @@ class ClipMetric:
         transformers.utils.logging.disable_progress_bar()
         self.name = model
         try:
+            if not Path(model).is_dir():
+                hf_hub_download(model, "config.json")  # fails once where the hub cannot be reached, not for every file
             self.network = CLIPModel.from_pretrained(model, use_safetensors=True, torch_dtype=torch.float32).eval()
             self.processor = CLIPProcessor.from_pretrained(model)
         except Exception as error:  # of the hub's client, the disk and the loaders, which share no class
             said = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise SlimdiffError(
                 f"{model} cannot be loaded ({said}). Download it elsewhere ('hf download {model}') and name its folder "
-                "with --clip-model"
+                "with --clip-model."
             ) from error
 
     def check(self, prompts: int, size: tuple[int, int]) -> None:

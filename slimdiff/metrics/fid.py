@@ -67,10 +67,10 @@ def _cautions(prompts: int, width: int) -> tuple[str, ...]:
 
 
 def _to(distance: Any, pictures: Pictures) -> float:
-    """FID of pictures to the real ones, which stay."""
+    """FID of pictures to the real ones, which stay. Of nearly equal sets rounding could take it below 0."""
     distance.reset()
     _add(distance, pictures, "FID, painted", False)
-    return float(distance.compute())
+    return max(0.0, float(distance.compute()))
 
 
 def _add(distance: Any, pictures: Pictures, what: str, real: bool) -> None:

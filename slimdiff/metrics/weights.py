@@ -34,8 +34,8 @@ def fetch(url: str, weights: Path | None) -> Mapping[str, Tensor]:
     except Exception as error:  # of the network, the disk and the loader, which share no class
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if there:
-            raise SlimdiffError(f"{path} does not hold plain weights ({said}). Remove it and download {url}") from error
-        raise SlimdiffError(f"{url} cannot be downloaded ({said}). Get it elsewhere and put it at {path}") from error
+            raise SlimdiffError(f"{path} does not hold plain weights ({said}). Remove it and download {url}.") from error
+        raise SlimdiffError(f"{url} cannot be downloaded ({said}). Get it elsewhere and put it at {path}.") from error
     return state
 
 
