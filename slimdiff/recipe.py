@@ -121,7 +121,7 @@ def family_recipe(
 
 
 def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
-    """Prompts from a .txt (one a line), .csv or .jsonl file (those two by a column's name); empty lines are skipped.
+    """Prompts from a .txt (one a line), .csv, .tsv or .jsonl file (these by a column's name); empty lines are skipped.
 
     Raises SlimdiffError if the file is missing, not UTF-8, of another kind, without that column, or holds no prompt.
     """
@@ -134,13 +134,13 @@ def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
     rows: list[dict[str, Any]]
     if path.suffix == ".txt":
         rows = [{column: line} for line in text.splitlines()]
-    elif path.suffix == ".csv":
+    elif path.suffix in (".csv", ".tsv"):
         rows = _csv_rows(path, text)
     elif path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), 1)  # splitlines would also cut at characters JSON allows inside strings
         rows = [_json_row(path, number, line) for number, line in lines if line.strip()]
     else:
-        raise SlimdiffError(f"{path} ends in '{path.suffix}'; prompts are read from .txt, .csv and .jsonl files.")
+        raise SlimdiffError(f"{path} ends in '{path.suffix}'; prompts are read from .txt, .csv, .tsv and .jsonl files.")
     for number, row in enumerate(rows, 1):
         if column not in row:
             raise SlimdiffError(
@@ -155,7 +155,7 @@ def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:
 
 def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
     except csv.Error as error:
         raise SlimdiffError(
             f"{path} is not a CSV file that can be read ({error}); quote long cells, or use .txt."

@@ -1,4 +1,4 @@
-"""The metrics on stand-in weights: the networks are those of other implementations, figures follow their definitions."""
+"""The metrics on stand-in weights: the networks are those of torchmetrics, figures follow definitions."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def test_fid_is_the_distance_of_two_normal_distributions(metric_weights, tmp_pat
         return torch.cat([network(batch) for batch in pictures.batches("")]).double().numpy()
 
     apart = FidMetric(metric_weights, 64, None).measure(dense, slim, (), CPU)
-    assert apart.slim.value == pytest.approx(frechet(features(dense), features(slim)), rel=1e-3) and apart.slim.value > 1
+    assert (
+        apart.slim.value == pytest.approx(frechet(features(dense), features(slim)), rel=1e-3) and apart.slim.value > 1
+    )
     assert apart.dense is apart.difference is None and "DENSE" in apart.meaning and "64 features" in apart.meaning
 
     metric = FidMetric(metric_weights, 64, tmp_path / "real")

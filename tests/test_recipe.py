@@ -31,11 +31,12 @@ def lines(name: str) -> list[str]:
         ("a.txt", "a cat\n\n  two dogs \r\n\n", ("a cat", "two dogs")),
         ("a.txt", "\ufeffein Stück Käse\n猫\n", ("ein Stück Käse", "猫")),
         ("a.csv", 'id,prompt\n1,"a cat, sitting"\n2,\n3,a dog\n', ("a cat, sitting", "a dog")),
+        ("a.tsv", "id\tprompt\n1\ta cat, sitting\n", ("a cat, sitting",)),
         ("a.csv", '\ufeffprompt,id\n"a ""big"" cat",1\n', ('a "big" cat',)),
         ("a.jsonl", '{"prompt": "a cat", "id": 1}\n\n{"prompt": "a \\u732b"}\n', ("a cat", "a 猫")),
         ("a.jsonl", '{"prompt": "a\u2028b\u0085c"}\n', ("a\u2028b\u0085c",)),  # JSON allows these unescaped
     ],
-    ids=["txt", "byte-order mark", "csv", "csv with mark", "jsonl", "jsonl with odd separators"],
+    ids=["txt", "byte-order mark", "csv", "tsv", "csv with mark", "jsonl", "jsonl with odd separators"],
 )
 def test_prompts_are_read_as_they_stand(tmp_path, name, text, prompts):
     assert read_prompts(written(tmp_path / name, text)) == prompts

@@ -141,8 +141,8 @@ def picture_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--guidance-scale", type=float, help="Classifier-free guidance scale."),
         click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture."),
         click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts only."),
-        click.option("--column", default="prompt", help="Prompt column of a .csv or .jsonl file."),
-        click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv or .jsonl."),
+        click.option("--column", default="prompt", help="Prompt column of a .csv, .tsv or .jsonl file."),
+        click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv, .tsv or .jsonl."),
     ):
         command = option(command)
     return command

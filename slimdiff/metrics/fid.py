@@ -12,7 +12,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.metrics import inception
 from slimdiff.metrics.pictures import Pictures
 from slimdiff.metrics.score import Estimate, Score
-from slimdiff.metrics.weights import HOW
+from slimdiff.metrics.weights import need_torchmetrics
 
 USUAL = 30_000
 """Pictures that published figures are of."""
@@ -27,10 +27,9 @@ class FidMetric:
         Raises SlimdiffError if torchmetrics is not installed, or weights cannot be had, from the folder `weights`,
         torch's cache or the net.
         """
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-        except ImportError as error:
-            raise SlimdiffError(f"It needs torchmetrics, which is not installed ({error}): {HOW}") from error
+        need_torchmetrics()
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
         self.real = real
         self.distance_of: Any = FrechetInceptionDistance
         self.network = inception.load(num_features, weights)
@@ -70,6 +69,10 @@ def _to(distance: Any, pictures: Pictures) -> float:
     """FID of pictures to the real ones, which stay. Of nearly equal sets rounding could take it below 0."""
     distance.reset()
     _add(distance, pictures, "FID, painted", False)
+    if not (distance.real_features_sum + distance.fake_features_sum).isfinite().all():
+        raise SlimdiffError(
+            "Features of FID are not finite; the weight file of Inception is damaged. Download it anew."
+        )
     return max(0.0, float(distance.compute()))
 
 

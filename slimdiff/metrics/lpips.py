@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimdiff.errors import SlimdiffError
 from slimdiff.metrics.pictures import Pictures
 from slimdiff.metrics.score import Estimate, Score
-from slimdiff.metrics.weights import HOW, fetch, fill
+from slimdiff.metrics.weights import HOW, fetch, fill, need_torchmetrics
 
 URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 HEADS = "functional/image/lpips_models/alex.pth"
@@ -91,11 +91,10 @@ class LpipsMetric:
 
 def _heads() -> Mapping[str, Tensor]:
     """Weights of the linear layers, lin0.model.1.weight to lin4.model.1.weight, each (1, channels, 1, 1)."""
+    need_torchmetrics()
     try:
         with as_file(files("torchmetrics") / HEADS) as path:
             heads: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise SlimdiffError(f"It needs torchmetrics, which is not installed: {HOW}") from error
     except OSError as error:
         raise SlimdiffError(
             f"The installed torchmetrics has no {HEADS}. Install the one slimdiff asks for: {HOW}"

@@ -13,18 +13,21 @@ from slimdiff.errors import SlimdiffError
 HOW = "pip install 'slimdiff[eval]'"
 
 
-def folder_of(weights: Path | None) -> Path:
-    """Where weight files are: `weights`, else torch's own cache."""
-    return weights or Path(torch.hub.get_dir(), "checkpoints")
+def need_torchmetrics() -> None:
+    """Raises SlimdiffError if torchmetrics is not installed, or broken."""
+    try:
+        import torchmetrics  # noqa: F401
+    except Exception as error:  # a torchvision that was built for another torch breaks it with a RuntimeError
+        raise SlimdiffError(f"It needs torchmetrics, which cannot be imported ({error}): {HOW}") from error
 
 
 def fetch(url: str, weights: Path | None) -> Mapping[str, Tensor]:
-    """The state dict behind `url`, from the folder `weights` (see `folder_of`) or downloaded to it.
+    """The state dict behind `url`, from the folder `weights` or downloaded to it; None is torch's own cache.
 
     A download is checked by the hash in its name. The file is a pickle, as published; torch's restricted loader takes
     nothing but tensors from it. Raises SlimdiffError if it cannot be had or holds anything else.
     """
-    folder = folder_of(weights)
+    folder = weights or Path(torch.hub.get_dir(), "checkpoints")
     path = folder / url.rpartition("/")[2]
     there = path.exists()
     try:
@@ -34,7 +37,7 @@ def fetch(url: str, weights: Path | None) -> Mapping[str, Tensor]:
     except Exception as error:  # of the network, the disk and the loader, which share no class
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if there:
-            raise SlimdiffError(f"{path} does not hold plain weights ({said}). Remove it and download {url}.") from error
+            raise SlimdiffError(f"{path} does not hold plain weights ({said}). Replace it by {url}.") from error
         raise SlimdiffError(f"{url} cannot be downloaded ({said}). Get it elsewhere and put it at {path}.") from error
     return state
 
