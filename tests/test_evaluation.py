@@ -109,7 +109,8 @@ def test_more_prompts_go_on_fewer_take_the_first(dense, slim, clip_folder, tmp_p
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"steps": 3}, r"other steps \(2, not 3\)"), ({"seed": 1}, r"other seed \(10000, not 1\)"),
-     ({"size": 16}, "other size"), ({"prompts": ("dog", *WORDS[1:])}, "other prompts"), ({"steps": 3, "height": 16}, "other steps, height, size")],
+     ({"size": 16}, "other size"), ({"prompts": ("dog", *WORDS[1:])}, "other prompts"),
+     ({"steps": 3, "height": 16}, "other steps, height, size")],
 )  # fmt: skip
 def test_pictures_of_something_else_are_never_mixed_in(dense, slim, clip_folder, tmp_path, changes, message):
     evaluate(dense, slim, tmp_path, clip_folder, prompts=WORDS[:1])
