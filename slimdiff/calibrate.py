@@ -33,7 +33,7 @@ SAVE_EVERY = 120.0
 
 
 class Interrupted(SlimdiffError):
-    """Ctrl-C: what was done is saved."""
+    """Ctrl-C or SIGTERM: what was done is saved."""
 
     exit_code = 130  # what shells report for a command that SIGINT ended
 
@@ -70,8 +70,8 @@ def collect(
     With a `shard` only that part of its prompts runs, each from the same seed as in the whole, to be merged later.
     Without `show` there is no progress bar.
 
-    A partial file lies beside it meanwhile. Ctrl-C ends the batch at hand and saves; the next call goes on from there
-    and ends with the same sums. The batch size changes nothing but rounding.
+    A partial file lies beside it meanwhile. Ctrl-C, like SIGTERM, ends the batch at hand and saves; the next call goes
+    on from there and ends with the same sums. The batch size changes nothing but rounding.
 
     Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model,
     recipe or part, SlimdiffError for a part without prompts, ModelError for a model without groups, Interrupted on
@@ -192,7 +192,8 @@ def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe:
 
 @contextmanager
 def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """While inside, the first Ctrl-C sets a flag, which the yielded function reads; a second stops."""
+    """While inside, the first Ctrl-C or SIGTERM (which job queues send) sets a flag, which the yielded function reads;
+    a second stops."""
     seen = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -200,14 +201,16 @@ def graceful_interrupt() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen = True
-        tqdm.write("Ctrl-C: finishing this batch, then saving. Again to stop at once.")
+        what = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        tqdm.write(f"{what}: finishing this batch, then saving. Again to stop at once.")
 
     try:
-        before = signal.signal(signal.SIGINT, handle)
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, which alone gets signals
         yield lambda: False
         return
     try:
         yield lambda: seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

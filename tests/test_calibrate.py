@@ -80,23 +80,24 @@ def test_other_seeds_and_prompts_give_other_sums(pipe, tmp_path):
     assert any(not torch.allclose(a[k], b[k], rtol=1e-3) for k in a if k.endswith("products"))
 
 
-def interrupt_after(pipe, calls: int) -> None:
-    """Send the process a real SIGINT during the given UNet call."""
+def interrupt_after(pipe, calls: int, number: int = signal.SIGINT) -> None:
+    """Send the process a real signal during the given UNet call."""
     count = 0
 
     def hook(*_: object) -> None:
         nonlocal count
         count += 1
         if count == calls:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     pipe.unet.register_forward_hook(hook)
 
 
-def test_ctrl_c_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path, number):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     collect(pipe, SOURCE, RECIPE, whole, batch_size=2)
-    interrupt_after(pipe, 2)
+    interrupt_after(pipe, 2, number)
     with pytest.raises(Interrupted, match=r"2 of 5 prompts"):
         collect(pipe, SOURCE, RECIPE, stopped, batch_size=2)
     assert not stopped.exists()
