@@ -41,8 +41,10 @@ def card(
     base_model: str | None = None,
     licence: str | None = None,
     report: Mapping[str, Any] | None = None,
+    pictures: str | None = None,
 ) -> str:
-    """Of a slim checkpoint at `repo` on the hub: `summary` are the lines of its plan, `report` the JSON of a benchmark.
+    """Of a slim checkpoint at `repo` on the hub: `summary` are the lines of its plan, `report` the JSON of a benchmark,
+    `pictures` the path there of a sheet of its pictures.
 
     `base_model` is the dense model on the hub, `licence` its identifier there; both are left out where unknown.
     """
@@ -54,6 +56,8 @@ def card(
     parts = [f"# {repo.rpartition('/')[2]}", _what(config, original), "\n".join(f"    {line}" for line in summary)]
     if report is not None:
         parts += ["## Measured", measured(report)]
+    if pictures is not None:
+        parts += [f"![Dense and slim from the same noise: the worst pairs, then typical ones]({pictures})"]
     lines = "import huggingface_hub, slimdiff", f'pipe = slimdiff.load(huggingface_hub.snapshot_download("{repo}"))'
     return _page(data, *parts, "## How to load it", _loading(config, repo, lines))
 

@@ -16,9 +16,10 @@ from slimdiff.checkpoint import read_plan
 from slimdiff.errors import SlimdiffError
 from slimdiff.outputs import PLAN, report_path
 from slimdiff.plan import Plan
-from slimdiff.report import comparison
+from slimdiff.report import comparison, sheet
 
 CARD = "README.md"
+PICTURES = (PLAN.parent / sheet.FILE).as_posix()
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Package:
 def package(slim: Path, repo: str, report: Path | None = None, licence: str | None = None) -> Package:
     """A slim checkpoint as it is to be published: its files, a model card, and the plan without local paths.
 
-    The card has the figures of `report`, a report of `slimdiff bench`, by default of the one beside the checkpoint if
-    that is of the same plan. `licence` is an identifier of the hub's.
+    The card has the figures and pictures of `report`, a report of `slimdiff bench`, by default of the one beside the
+    checkpoint if that is of the same plan. `licence` is an identifier of the hub's.
 
     Raises SlimdiffError if `repo` is no name, or `report` is none or of another plan, ModelError if `slim` is no slim
     checkpoint.
@@ -54,12 +55,14 @@ def package(slim: Path, repo: str, report: Path | None = None, licence: str | No
     config = json.loads((slim / "unet" / "config.json").read_text(encoding="utf-8"))
     model = plan.provenance["model"]
     base = model if model.count("/") == 1 and not Path(model).exists() else None
-    page = card(config, repo, plan.summary(), base, licence, _figures(slim, report, json.loads(text)))
+    figures, pictures = _measured(slim, report, json.loads(text))
+    page = card(config, repo, plan.summary(), base, licence, figures, PICTURES if pictures else None)
     names = {path.relative_to(slim): path for path in sorted(slim.rglob("*")) if path.is_file()}
     files: dict[str, Path | bytes] = {
         name.as_posix(): path for name, path in names.items() if not any(part.startswith(".") for part in name.parts)
     }
     files |= {CARD: page.encode(), PLAN.as_posix(): _without_paths(plan).to_json().encode()}
+    files |= {PICTURES: pictures} if pictures else {}
     return Package(repo, files)
 
 
@@ -101,16 +104,18 @@ def _check_name(repo: str) -> None:
         raise SlimdiffError(f"'{repo}' has no owner; a name on the hub looks like owner/name.")
 
 
-def _figures(slim: Path, report: Path | None, plan: dict[str, Any]) -> dict[str, Any] | None:
-    beside = report_path(slim.resolve()) / comparison.REPORT
-    if report is None and not beside.is_file():
-        return None
-    [run] = comparison.read([report or beside])
-    if run.plan == plan:
-        return run.data
-    if report is None:
-        return None
-    raise SlimdiffError(f"{report} is a report of another slim checkpoint. Run 'slimdiff bench {slim}' anew.")
+def _measured(slim: Path, report: Path | None, plan: dict[str, Any]) -> tuple[dict[str, Any] | None, Path | None]:
+    """The JSON of a report and its sheet of pictures, each None where there is none."""
+    path = report or report_path(slim.resolve())
+    if report is None and not (path / comparison.REPORT).is_file():
+        return None, None
+    [run] = comparison.read([path])
+    if run.plan != plan:
+        if report is None:
+            return None, None
+        raise SlimdiffError(f"{report} is a report of another slim checkpoint. Run 'slimdiff bench {slim}' anew.")
+    pictures = (path if path.is_dir() else path.parent) / sheet.FILE
+    return run.data, pictures if pictures.is_file() else None
 
 
 def _without_paths(plan: Plan) -> Plan:

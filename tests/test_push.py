@@ -118,6 +118,7 @@ def test_every_file_is_sent_in_one_commit(made, hub):
     _, *operations = hub.sent("/api/models/someone/slim/commit/main")
     sent = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in operations}
     there = {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    assert sent.pop("slimdiff/pictures.png") == (made.parent / "bench-0.35/pictures.png").read_bytes()
     assert sent.keys() == there.keys()
     assert {name for name in sent if sent[name] != there[name]} == {"README.md", "slimdiff/plan.json"}
     assert all(token == f"Bearer {TOKEN}" for _, _, token in hub.asked)
@@ -144,6 +145,7 @@ def test_the_card_says_what_was_measured_and_how_to_load(made):
     for row in report["speed"]:
         assert f"| {row['what']} |" in card and f"{row['speedup']['median']:.2f}x" in card
     assert "Drift" in card and report["provenance"]["device"] in card
+    assert "(slimdiff/pictures.png)" in card
     assert card.count("LoRAs trained on the original work here") == 1
 
 
@@ -155,7 +157,8 @@ def test_the_card_names_a_base_model_of_the_hub_only(made, tmp_path):
     checkpoint.write(tmp_path / "slim", pipe.unet, pipe, public.to_json(), None)
     package = push.package(tmp_path / "slim", "someone/slim")
     assert front_matter(package.card)["base_model"] == "owner/dense"
-    assert "## Measured" not in package.card
+    assert "## Measured" not in package.card and ".png" not in package.card
+    assert not any(name.endswith(".png") for name in package.files)
     with pytest.raises(SlimdiffError, match="another slim checkpoint"):
         push.package(tmp_path / "slim", "someone/slim", made.parent / "bench-0.35")
 

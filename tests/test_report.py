@@ -18,7 +18,7 @@ from PIL import Image
 from slimdiff.macs import Macs
 from slimdiff.measured import Fidelity, Picture, Settings, Size, Spread, Timing
 from slimdiff.plan import Entry, Plan
-from slimdiff.report import document, page, svg, wording
+from slimdiff.report import document, page, sheet, svg, wording
 from slimdiff.report.results import Report
 
 VOID = {"meta", "img", "br", "path", "rect", "link", "hr"}
@@ -152,7 +152,7 @@ def test_error_plot_is_logarithmic_and_survives_zero_and_infinite_errors() -> No
 
 def test_files_are_written_whole(tmp_path: Path) -> None:
     data, text = page.write(make_report(), tmp_path / "new")
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["pictures.png", "report.html", "report.json"]
     assert json.loads(data.read_text(encoding="utf-8"))["picture"]["drift"]["worst"] == 0.4
     Checker(text.read_text(encoding="utf-8"))
 
@@ -196,3 +196,28 @@ def test_terminal_table_is_aligned() -> None:
 )  # fmt: skip
 def test_figures_in_words(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_the_sheet_shows_the_worst_and_typical_pairs_side_by_side(tmp_path):
+    shown = [
+        picture(label, 0.1, "a very " + "very " * 50 + "long caption") for label in ("worst", "2nd worst", "typical")
+    ]
+    pairs = [replace(one, dense=np.full((48, 48, 3), 40 + i, np.uint8)) for i, one in enumerate([*shown, shown[2]])]
+    found = np.array(sheet.sheet([*pairs, *pairs], most=4))
+    middle = sheet.MARGIN + sheet.SIDE // 4
+    colours = [int(row[0]) for row in found[:, middle] if 40 <= row[0] < 44 and len(set(row)) == 1]
+    assert list(dict.fromkeys(colours)) == [40, 41, 42, 43]
+    page.write(make_report(pictures=tuple(pairs)), tmp_path)
+    assert (tmp_path / "pictures.png").exists()
+    assert Image.open(tmp_path / "pictures.png").width == found.shape[1]
+
+
+def test_one_pair_of_another_shape_is_a_sheet_too():
+    large = picture("worst", 0.1)
+    large = replace(large, dense=np.zeros((600, 900, 3), np.uint8), slim=np.zeros((600, 900, 3), np.uint8))
+    assert (np.array(sheet.sheet([large]))[:, 20] == 0).all(1).sum() >= 213  # 320 px wide, two thirds as high
+
+
+def test_without_pictures_there_is_no_sheet(tmp_path):
+    page.write(make_report(pictures=()), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}

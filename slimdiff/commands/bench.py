@@ -42,7 +42,7 @@ def bench(
 
     SLIM is a folder of 'slimdiff compress'; without it the newest under ./slimdiff-out is taken. Both models paint the
     same prompts (by default ones that calibration never saw) from the same noise, with calibration's own settings.
-    Writes report.json and report.html (open it in a browser) and prints the table.
+    Writes report.json, report.html (open it in a browser) and pictures.png, and prints the table.
     """
     import json
 

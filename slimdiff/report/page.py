@@ -1,4 +1,5 @@
-"""The benchmark's report: `report.json` for machines and one self-contained `report.html` for people."""
+"""The benchmark's report: `report.json` for machines, one self-contained `report.html` for people, and a sheet of
+pictures to show around."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from slimdiff.measured import Picture, quantile
-from slimdiff.report import document, svg, unet
+from slimdiff.report import document, sheet, svg, unet
 from slimdiff.report.document import card, definitions, figure, section, table, typeset
 from slimdiff.report.of_plan import picture
 from slimdiff.report.results import Report
@@ -29,10 +30,13 @@ PIXELATED = 128
 
 
 def write(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Writes `report.json` and `report.html` into `folder` and returns their paths.
+    """Writes `report.json` and `report.html` into `folder` and returns their paths; if there are pictures, a sheet of
+    some beside them.
 
     Raises OutputError if they cannot be written.
     """
+    if report.pictures:
+        sheet.write(report.pictures, folder)
     return document.write(folder, "report", report.to_json(), html(report))
 
 
