@@ -18,7 +18,7 @@ SIDE = 320
 """Pixels that a picture is brought to; smaller ones are enlarged pixel by pixel."""
 
 MARGIN, LINE = 12, 16
-LETTERS = 84
+LETTERS = 110
 """Of a caption under two pictures, so that it is no wider than they are."""
 
 
