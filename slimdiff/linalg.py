@@ -20,6 +20,9 @@ from torch import Tensor
 
 from slimdiff.errors import StatisticsError
 
+FEW = 8
+"""How many times fewer directions than there are count as few."""
+
 RIDGE = 1e-6
 """Noise per feature relative to the mean energy: above the rounding of float32 sums, below what a picture shows."""
 
@@ -100,14 +103,28 @@ class NestedLeastSquares:
         `G + m mᵀ` (Sherman-Morrison). Rows :r of M are zero.
         """
         leading, below = self.factor[:r, :r], self.factor[r:, :r]
-        _, vectors = torch.linalg.eigh(below @ below.mT)
-        vectors = vectors[:, len(below) - min(rank - 1, len(below)) :]
+        vectors = leading_directions(below, rank - 1)
         right = torch.linalg.solve_triangular(leading, vectors.mT @ below, upper=False, left=False)
         constant = torch.cholesky_solve(mean[:r, None], leading).mT
         constant = constant / (1 + constant @ mean[:r, None])
         left = torch.cat([vectors, (mean[r:] - vectors @ (right @ mean[:r]))[:, None]], 1)
         right = torch.cat([right, constant])
         return torch.cat([left.new_zeros(r, left.shape[1]), left]), right
+
+
+def leading_directions(x: Tensor, count: int) -> Tensor:
+    """The leading left singular vectors of x, (m, n), as columns, (m, min(count, m)).
+
+    Few of many are found by subspace iteration from a fixed random start (Halko, Martinsson & Tropp, arXiv 0909.4061):
+    orthonormal, and nearly the best where singular values fall off, for a small part of the time.
+    """
+    if count == 0:
+        return x.new_empty(len(x), 0)
+    if FEW * count > min(x.shape):
+        return torch.linalg.eigh(x @ x.mT).eigenvectors[:, len(x) - min(count, len(x)) :]
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(x, q=2 * count, niter=4)[0][:, :count]
 
 
 @contextmanager

@@ -107,6 +107,19 @@ def test_nested_least_squares_solves_every_leading_subset(n, d):
     torch.testing.assert_close(fit.weight(d), weight, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("count", [0, 1, 5, 15, 100, 200, 300])
+def test_leading_directions_hold_nearly_the_most_energy(count):
+    """Few of them come from a random start: the same every time, and nobody else's random numbers change."""
+    x = draw(200, 150, seed=7) * torch.logspace(0, -3, 150, dtype=torch.float64)
+    state = torch.random.get_rng_state()
+    found = leading_directions(x, count)
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.equal(leading_directions(x, count), found)
+    assert found.shape == (200, min(count, 200))
+    torch.testing.assert_close(found.mT @ found, torch.eye(found.shape[1], dtype=torch.float64), rtol=0, atol=1e-10)
+    best = torch.linalg.svdvals(x)[:count].square().sum()
+    assert 0.999 * best <= (found.mT @ x).square().sum() <= best * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (5, 5), (3, 4, 4), (2, 3, 1, 1)])
 def test_pack_and_unpack_are_inverses(shape):
     full = draw(*shape, seed=6)
