@@ -7,7 +7,16 @@ import torch
 from baselines import correlated, draw
 
 from slimdiff.errors import StatisticsError
-from slimdiff.linalg import RIDGE, NestedLeastSquares, pack, regularised, roots, tails, unpack
+from slimdiff.linalg import (
+    RIDGE,
+    NestedLeastSquares,
+    leading_directions,
+    pack,
+    regularised,
+    roots,
+    tails,
+    unpack,
+)
 
 torch.set_num_threads(1)
 
