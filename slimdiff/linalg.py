@@ -124,7 +124,7 @@ def leading_directions(x: Tensor, count: int) -> Tensor:
         return torch.linalg.eigh(x @ x.mT).eigenvectors[:, len(x) - min(count, len(x)) :]
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.manual_seed(0)
-        return torch.svd_lowrank(x, q=2 * count, niter=4)[0][:, :count]
+        return torch.svd_lowrank(x, q=2 * count + 6, niter=4)[0][:, :count]
 
 
 @contextmanager
