@@ -134,18 +134,23 @@ def bench(
     seed: int = 10_000,
     batch_sizes: Sequence[int] = (1, 4),
     repeats: int = 20,
+    stacks: Sequence[str] = (),
 ) -> Report:
     """Measure a dense pipeline against its slim one, on the same device and in the same dtype: speed, memory, drift.
 
     `prompts` are by default ones that calibration never saw; what else is None is as in calibration, sizes in pixels.
     Prompt i starts from the noise of `seed + i` in both. A UNet call is timed for each of `batch_sizes` prompts,
-    `repeats` times each. `print(report.table())` shows everything; `report.page.write(report, folder)` writes the HTML.
+    `repeats` times each. Each of `stacks`, such as "int8", "deepcache", "tome" or "int8+tome", is put on top of both
+    models and measured as well. `print(report.table())` shows everything; `report.page.write(report, folder)` writes
+    the HTML.
 
-    Raises ModelError if `slim` was not made from `dense`, SlimdiffError if they differ in device or dtype.
+    Raises ModelError if `slim` was not made from `dense`, SlimdiffError if they differ in device or dtype, or what
+    `stacks` needs is not installed.
     """
     plan, settings, pipes = _compared(
         dense, slim, prompts, num_prompts, steps=steps, guidance_scale=guidance_scale, height=height, width=width,
         seed=seed, batch_sizes=tuple(batch_sizes), repeats=repeats,
+        stacks=tuple(stacks),
     )  # fmt: skip
     return measure(*pipes, plan, settings)
 

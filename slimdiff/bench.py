@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from slimdiff.fidelity import compare
+from slimdiff.fidelity import Painted, compare
 from slimdiff.inpainting import canvases
 from slimdiff.macs import count
-from slimdiff.measured import Settings, Size, Timing
+from slimdiff.measured import Settings, Size, Stack, Stacked, Timing
 from slimdiff.pairs import check_alike, provenance, quiet
 from slimdiff.pipeline import paint
 from slimdiff.plan import Plan
 from slimdiff.report.results import Report
+from slimdiff.stacking import PACKAGES, check, stacked
 from slimdiff.timing import paired, peak_growth
 
 __all__ = ["Report", "Settings", "measure"]
@@ -35,15 +38,21 @@ def measure(
 ) -> Report:
     """Compare two pipelines on the same device; `sizes` are the bytes of their checkpoints, dense first, if any.
 
-    Raises SlimdiffError if they differ in device, precision or scheduler, which would compare something else.
+    Raises SlimdiffError if they differ in device, precision or scheduler, which would compare something else, or a
+    stack cannot be put on top.
     """
     check_alike(dense, slim)
+    for stack in settings.stacks:
+        check(slim, stack)
     with quiet(dense), quiet(slim):
         fidelity, pictures = compare(dense, slim, settings)
         speed = [_unet_timing(dense, slim, settings, prompts) for prompts in settings.batch_sizes]
         speed.append(_picture_timing(dense, slim, settings))
         size = _size(dense, slim, settings, sizes)
-    return Report(settings, plan, size, tuple(speed), fidelity, tuple(pictures), provenance(dense))
+        stacks = _stacks(dense, slim, settings) if settings.stacks else ()
+    packages = sorted({PACKAGES[name] for stack in settings.stacks for name in stack.split("+")})
+    made = provenance(dense, packages)
+    return Report(settings, plan, size, tuple(speed), fidelity, tuple(pictures), made, stacks)
 
 
 def _unet_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, prompts: int) -> Timing:
@@ -86,13 +95,15 @@ def _unet_inputs(pipe: DiffusionPipeline, settings: Settings, prompts: int) -> t
     return seen[0]
 
 
-def _picture_timing(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> Timing:
+def _picture_timing(
+    dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings, what: str = "1 picture"
+) -> Timing:
     canvas = canvases(dense, settings, [0])
 
     def call(pipe: DiffusionPipeline) -> None:
         paint(pipe, settings, [0], canvas=canvas, output="np")
 
-    what = f"1 picture, {settings.steps} {'step' if settings.steps == 1 else 'steps'}"
+    what = f"{what}, {settings.steps} {'step' if settings.steps == 1 else 'steps'}"
     return paired(what, lambda: call(dense), lambda: call(slim), pairs=settings.repeats, device=dense.unet.device)
 
 
@@ -120,5 +131,29 @@ def _size(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings,
 
 def _bytes(*modules: nn.Module) -> int:
     """Of all parameters and buffers, each storage once."""
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    tensors = [part for module in modules for t in (*module.parameters(), *module.buffers()) for part in _parts(t)]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """What is stored of a tensor: itself, or of a quantised one its integers and scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _stacks(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> tuple[Stack, ...]:
+    """The settings' stacks on both models, each against the dense one without."""
+    reference = Painted.by(dense, settings, dense, "dense")
+
+    def measured(pipe: DiffusionPipeline, what: str) -> Stacked:
+        apart = Painted.by(pipe, settings, dense, what).apart(reference)
+        time = _picture_timing(dense, pipe, settings, what)
+        return Stacked(time.slim, time.speedup, _bytes(pipe.unet), *apart)
+
+    return tuple(
+        Stack(name, measured(stacked(dense, name), f"dense + {name}"), measured(stacked(slim, name), f"slim + {name}"))
+        for name in settings.stacks
+    )

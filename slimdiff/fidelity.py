@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,12 @@ SIGMA, REACH = 1.5, 5
 
 def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> tuple[Fidelity, list[Picture]]:
     """Sample every prompt with both models, and along the dense trajectory compare their guided predictions."""
-    prompts = len(settings.prompts)
-    batch = pictures_at_once(dense, settings)
     drift: list[float] = []
     noise: list[list[float]] = []
     timesteps: list[float] = []
     pictures: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    with tqdm(total=2 * prompts, unit="picture", disable=None, desc="compare") as bar:
-        for first in range(0, prompts, batch):
-            chosen = range(first, min(first + batch, prompts))
+    with tqdm(total=2 * len(settings.prompts), unit="picture", disable=None, desc="compare") as bar:
+        for chosen in batches(dense, settings):
             canvas = canvases(dense, settings, chosen)
             calls: list[tuple[float, Tensor]] = []
             with compared(dense.unet, slim.unet, len(chosen), settings.guidance_scale, calls):
@@ -74,6 +72,38 @@ def pictures_at_once(pipe: DiffusionPipeline, settings: Settings) -> int:
     scale = pipe.vae_scale_factor
     positions = (settings.height // scale) * (settings.width // scale)
     return max(1, min(LARGEST_BATCH, LATENTS_AT_ONCE // positions))
+
+
+def batches(pipe: DiffusionPipeline, settings: Settings) -> Iterator[range]:
+    """The numbers of the prompts that are painted at once."""
+    prompts, size = len(settings.prompts), pictures_at_once(pipe, settings)
+    return (range(first, min(first + size, prompts)) for first in range(0, prompts, size))
+
+
+@dataclass(frozen=True)
+class Painted:
+    """Of every prompt the final latents, (prompts, C, h, w), and the 8-bit picture, (H, W, 3)."""
+
+    latents: Tensor
+    pictures: list[np.ndarray]
+
+    @staticmethod
+    def by(pipe: DiffusionPipeline, settings: Settings, dense: DiffusionPipeline, what: str) -> Painted:
+        """Inpainting pipelines paint on canvases of the dense one."""
+        latents: list[Tensor] = []
+        pictures: list[np.ndarray] = []
+        with tqdm(total=len(settings.prompts), unit="picture", disable=None, leave=False, desc=what) as bar:
+            for chosen in batches(pipe, settings):
+                found = paint(pipe, settings, chosen, canvas=canvases(dense, settings, chosen))
+                latents.append(found.cpu())
+                pictures += list(decode(pipe, found))
+                bar.update(len(chosen))
+        return Painted(torch.cat(latents), pictures)
+
+    def apart(self, other: Painted) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Drift of these latents from the other's, and mean squared errors of the pictures, by prompt."""
+        pairs = zip(self.pictures, other.pictures, strict=True)
+        return tuple(finite(relative_error(self.latents, other.latents))), tuple(mean_squared_error(*p) for p in pairs)
 
 
 def finite(error: Tensor) -> list[float]:

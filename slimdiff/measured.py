@@ -23,6 +23,7 @@ class Settings:
 
     `height` and `width` are pixels. `batch_sizes` counts prompts; guidance runs the UNet on twice as many rows.
     `repeats` is the number of dense-slim pairs of each timing. `pictures` is how many pairs of pictures are shown.
+    `stacks` is what both models are also measured with, each as in "int8" or "int8+tome" (see `stacking.py`).
 
     Raises SlimdiffError if the numbers make no benchmark.
     """
@@ -37,6 +38,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 4)
     repeats: int = 10
     pictures: int = 16
+    stacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -154,6 +156,33 @@ class Fidelity:
 def psnr_of(mse: float) -> float:
     """Peak signal-to-noise ratio in dB of 8-bit pictures; infinite for identical ones."""
     return 10 * math.log10(255**2 / mse) if mse > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A pipeline with something on top against the plain dense one.
+
+    `weights` are the UNet's bytes; `drift` and `mse` have one value per prompt, as in Fidelity.
+    """
+
+    seconds: Spread
+    speedup: Spread
+    weights: int
+    drift: tuple[float, ...]
+    mse: tuple[float, ...]
+
+    def psnr(self, q: float) -> float:
+        """As in Fidelity."""
+        return psnr_of(quantile(self.mse, q))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The same on top of both models; `name` is "int8", or several as in "int8+tome"."""
+
+    name: str
+    dense: Stacked
+    slim: Stacked
 
 
 @dataclass(frozen=True)

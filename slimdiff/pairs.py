@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -74,10 +74,10 @@ def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-def provenance(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """How the figures were made. Names the kind of machine, not the machine."""
+def provenance(pipe: DiffusionPipeline, others: Sequence[str] = ()) -> dict[str, Any]:
+    """How the figures were made, with `others` among the packages. Names the kind of machine, not the machine."""
     device = pipe.unet.device
-    packages = ("torch", "diffusers", "transformers", "numpy")
+    packages = ("torch", "diffusers", "transformers", "numpy", *others)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -146,9 +146,9 @@ class LowRank(nn.Linear):
 class TextProjection(nn.Linear):
     """Keys or values of the text, projected once for a picture: the text is the same tensor at every step of it.
 
-    What was projected last is kept as long as that tensor lives and neither it nor the weights are written to. While
-    gradients are recorded or the model is compiled, nothing is kept. Only writing to `weight.data`, past torch's count
-    of versions, goes unseen; `forget` is for those who do, as merging a LoRA does.
+    What was projected last is kept as long as that tensor lives and neither it nor the weights are written to, and the
+    weights are not replaced. While gradients are recorded or the model is compiled, nothing is kept. Only writing to
+    `weight.data`, past torch's count of versions, goes unseen; `forget` is for those who do, as merging a LoRA does.
     """
 
     reuse = True
@@ -163,7 +163,7 @@ class TextProjection(nn.Linear):
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         if not self.reuse or torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference():
             return super().forward(text)
-        versions = [x._version for x in (text, *self.parameters())]
+        versions = [(id(x), x._version) for x in (text, *self.parameters())]
         if self._seen is None or self._seen[0]() is not text or self._seen[1] != versions:
             self._seen = weakref.ref(text, self.forget), versions, super().forward(text)
         return self._seen[2]

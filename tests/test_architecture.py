@@ -22,7 +22,7 @@ LAYERS = (
     {"slimdiff", "commands", "demo", "metrics", "report", "solve"},
     {"errors", "guidance", "macs", "slim_unet", "states", "report.wording", "solve.solution", "demo.scenes",
      "timesteps"},
-    {"families"},
+    {"families", "stacking"},
     {"allocate", "card", "commands.parameters", "files", "groups", "linalg", "measured", "metrics.pictures",
      "metrics.weights", "options", "outputs", "plan", "recipe", "single_file", "source"},
     {"gram", "latency", "lora", "metrics.inception", "metrics.score"},

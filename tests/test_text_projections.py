@@ -75,6 +75,19 @@ def test_weights_that_change_are_seen(slim):
     assert not torch.equal(run(slim, text), before)
 
 
+def test_weights_that_are_replaced_are_seen(slim):
+    """As by what quantises a model: the new weights were never written to either."""
+    (text,) = texts()
+    found = []
+    for _ in range(2):
+        for layer in layers(slim):
+            layer.weight = nn.Parameter(layer.weight.neg(), requires_grad=False)
+            assert layer.weight._version == 0
+        found.append(run(slim, text))
+        assert torch.equal(found[-1], afresh(slim, text))
+    assert not torch.equal(*found)
+
+
 def test_loras_switch_scale_fuse_and_go(slim):
     (text,) = texts()
     before = run(slim, text)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import PATH, SIZES, command, model_options, picture_options, say
+from slimdiff.commands.parameters import PATH, SIZES, STACKS, command, model_options, picture_options, say
 
 
 @click.command()
@@ -18,6 +18,10 @@ from slimdiff.commands.parameters import PATH, SIZES, command, model_options, pi
 @click.option("--seed", default=10_000, help="Prompt i starts from the noise of seed + i.")
 @click.option("--batch-sizes", type=SIZES, default="1,4", help="Pictures at once, for latency.")
 @click.option("--repeats", type=click.IntRange(3), default=20, help="Timed pairs for each latency.")
+@click.option(
+    "--with", "stacks", type=STACKS,
+    help="What to put on top of both models, each a column: int8, deepcache, tome, or several as in int8+tome.",
+)  # fmt: skip
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 @click.option("-o", "--output", type=PATH, help="Report folder.  [default: bench-<budget> beside the checkpoint]")
@@ -31,6 +35,7 @@ def bench(
     seed: int,
     batch_sizes: tuple[int, ...],
     repeats: int,
+    stacks: tuple[str, ...] | None,
     device: str,
     dtype: str,
     variant: str | None,
@@ -59,7 +64,7 @@ def bench(
     texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
     texts = texts[:num_prompts]
     dense_pipe, slim_pipe, found = pairs.load(slim, dense, device=device, dtype=dtype, variant=variant)
-    settings = Settings.like(made, texts, seed=seed, batch_sizes=batch_sizes, repeats=repeats, **changes)
+    settings = Settings.like(made, texts, seed=seed, batch_sizes=batch_sizes, repeats=repeats, stacks=stacks, **changes)
     sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
     result = measure(dense_pipe, slim_pipe, plan, settings, sizes=sizes)
     json_path, html_path = page.write(result, output or outputs.report_path(slim))

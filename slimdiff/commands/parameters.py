@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from slimdiff.errors import SlimdiffError
+from slimdiff.stacking import PACKAGES
 
 PATH = click.Path(path_type=Path)
 KINDS = ("qk", "vo", "ffn", "resnet")
@@ -71,6 +72,15 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _stacks(text: str) -> tuple[str, ...]:
+    stacks = tuple(part.strip() for part in text.split(","))
+    if unknown := [name for stack in stacks for name in stack.split("+") if name not in PACKAGES]:
+        raise ValueError(
+            f"'{unknown[0]}' cannot be put on top; choose from {', '.join(PACKAGES)}, several at once as in int8+tome."
+        )
+    return stacks
+
+
 def _lora(text: str) -> tuple[str, float]:
     file, _, scale = text.rpartition(":")
     try:
@@ -87,7 +97,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 SHARES, GROUPS, SIZES = Parsed("shares", _shares), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
-METRICS = Parsed("metrics", _metrics)
+METRICS, STACKS = Parsed("metrics", _metrics), Parsed("stacks", _stacks)
 LORA, SHARD = Parsed("file[:scale]", _lora), Parsed("part/parts", _shard)
 
 

@@ -81,10 +81,10 @@ def cards(report: Report) -> str:
 
 
 def measurements(report: Report) -> str:
-    attributes = report.attribute_rows()
+    attributes, stacks = report.attribute_rows(), report.stack_rows()
     notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes())
     return (
-        f'<div class="speed">{table(report.speed_rows())}</div><div class="halves">'
+        f'<div class="speed">{table(report.speed_rows())}</div>{table(stacks) if stacks else ""}<div class="halves">'
         f"<div>{table(report.size_rows())}</div><div>{table(report.fidelity_rows())}</div>"
         f'<div>{table(attributes) if attributes else ""}</div><div class="notes">{notes}</div></div>'
     )

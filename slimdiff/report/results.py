@@ -7,7 +7,19 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from slimdiff.measured import QUANTILES, Fidelity, Picture, Settings, Size, Spread, Timing, psnr_of, quantile
+from slimdiff.measured import (
+    QUANTILES,
+    Fidelity,
+    Picture,
+    Settings,
+    Size,
+    Spread,
+    Stack,
+    Stacked,
+    Timing,
+    psnr_of,
+    quantile,
+)
 from slimdiff.plan import Plan
 from slimdiff.report import wording
 from slimdiff.report.wording import Row, change, columns, decibels, factor, percent, seconds, similarity
@@ -26,6 +38,7 @@ class Report:
     fidelity: Fidelity
     pictures: tuple[Picture, ...]
     provenance: dict[str, Any]
+    stacks: tuple[Stack, ...] = ()
 
     def headline(self) -> list[tuple[str, str]]:
         """One sentence in pieces: text, and what it is about ("slim", "drift" or nothing)."""
@@ -116,6 +129,30 @@ class Report:
             ),
         ]
 
+    def stack_rows(self) -> list[Row]:
+        """A column for each stack, of both models; empty if there is none. The speed-ups share cells with the drift."""
+        if not self.stacks:
+            return []
+        found, picture = self.fidelity, self.speed[-1]
+        size, none = self.size.weights, (0.0,)
+        plain = Stack(
+            "nothing",
+            Stacked(picture.dense, Spread(1, 1, 1), size[0], none, none),
+            Stacked(picture.slim, picture.speedup, size[1], found.drift, found.mse),
+        )
+        rows = [("On top", *(stack.name for stack in (plain, *self.stacks)))]
+        for name in ("slim", "dense"):
+            sides: list[Stacked] = [getattr(stack, name) for stack in (plain, *self.stacks)]
+            rows += [
+                (f"{name.capitalize()}: speed-up, drift (worst)", *(
+                    f"{factor(s.speedup.median)}, {percent(quantile(s.drift, 0.5))} ({percent(quantile(s.drift, 1))})"
+                    for s in sides
+                )),
+                ("  PSNR (worst)", *(f"{decibels(s.psnr(0.5))} ({decibels(s.psnr(1))})" for s in sides)),
+                ("  UNet weights in memory", *(wording.size(s.weights) for s in sides)),
+            ]  # fmt: skip
+        return rows
+
     def attribute_rows(self) -> list[Row]:
         """Empty if the pictures could not be scored."""
         if self.fidelity.attributes is None:
@@ -157,6 +194,11 @@ class Report:
             on_cuda = self.provenance.get("device_type") == "cuda"
             counted = "as torch's allocator counts it" if on_cuda else "counting the tensors alive after each operator"
             notes.append(f"Peak memory is a pipeline's own weights plus what one picture adds to them, {counted}.")
+        if self.stacks:
+            notes.append(
+                "What is on top is on top of both models; speed-ups are those of a picture, and all of it is compared "
+                "with the dense model with nothing on top."
+            )
         return notes
 
     def table(self) -> str:
@@ -164,14 +206,20 @@ class Report:
         pictures = self.picture_rows()
         width = max(len(row[-1]) for row in pictures)
         pictures = [(*row[:-1], row[-1].ljust(width)) for row in pictures]  # prompts to the left, unlike figures
-        sections = [self.size_rows(), self.speed_rows(), self.fidelity_rows(), self.attribute_rows(), pictures]
+        measured = [self.size_rows(), self.speed_rows(), self.fidelity_rows(), self.attribute_rows(), self.stack_rows()]
         sentence = "".join(text for text, _ in self.headline())
-        return "\n\n".join([sentence, *(columns(rows) for rows in sections if len(rows) > 1), "\n".join(self.notes())])
+        return "\n\n".join(
+            [sentence, *(columns(rows) for rows in (*measured, pictures) if len(rows) > 1), "\n".join(self.notes())]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Valid JSON: what is infinite or undefined is null (the PSNR of identical pictures)."""
         levels = dict(zip(("typical", "p90", "worst"), QUANTILES, strict=True))
-        drift = {name: quantile(self.fidelity.drift, q) for name, q in levels.items()}
+
+        def spread(values: tuple[float, ...]) -> dict[str, float]:
+            return {name: quantile(values, q) for name, q in levels.items()}
+
+        drift = spread(self.fidelity.drift)
         beside = {"drift": drift, "ideal_speedup": self.size.ideal_speedup}
         s, found, last = self.settings, self.fidelity, self.speed[-1]
         each = zip(s.prompts, s.negatives, found.drift, found.mse, found.ssim, strict=True)
@@ -199,6 +247,20 @@ class Report:
                     for i, (p, n, d, m, o) in enumerate(each)
                 ],
             },
+            "stacks": [
+                {"name": stack.name}
+                | {
+                    name: {
+                        "speedup": asdict(side.speedup),
+                        "drift": spread(side.drift),
+                        "seconds": asdict(side.seconds),
+                        "psnr_db": {level: side.psnr(q) for level, q in levels.items()},
+                        "weights": side.weights,
+                    }
+                    for name, side in (("dense", stack.dense), ("slim", stack.slim))
+                }
+                for stack in self.stacks
+            ],
             "plan": json.loads(self.plan.to_json()),
             "provenance": self.provenance,
         }
