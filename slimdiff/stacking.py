@@ -41,8 +41,8 @@ def check(pipe: DiffusionPipeline, stack: str) -> None:
             raise SlimdiffError(f"'{name}' cannot be put on top; choose from {', '.join(PACKAGES)}.")
         if find_spec(PACKAGES[name]) is None:
             raise SlimdiffError(
-                f"{name} needs {PACKAGES[name]}, which is not installed: pip install '{PACKAGES[name]}', or with "
-                f"slimdiff 'slimdiff[{name}]'."
+                f"{name} needs the package {PACKAGES[name]}, which is not installed: pip install 'slimdiff[{name}]' or "
+                f"pip install {PACKAGES[name]}."
             )
     if "deepcache" in stack.split("+") and pipe.unet.config.mid_block_type is None:
         raise SlimdiffError("DeepCache does not work on a UNet without a middle block, as this one. Leave it out.")

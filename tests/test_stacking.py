@@ -12,8 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import UNETS, tiny_pipeline, tiny_unet
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, TorchAoConfig
+from diffusers.quantizers import PipelineQuantizationConfig
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig
 
 import slimdiff
 from slimdiff import stacking, timing
@@ -151,7 +153,7 @@ def test_what_cannot_be_put_on_top_is_refused(tmp_path, monkeypatch):
         check(pipe, "int4")
     check(pipe, "int8+tome")
     monkeypatch.setattr(stacking, "find_spec", lambda name: None)
-    with pytest.raises(SlimdiffError, match=r"tomesd, which is not installed: .*'slimdiff\[tome\]'"):
+    with pytest.raises(SlimdiffError, match=r"tomesd, which is not installed: pip install 'slimdiff\[tome\]'"):
         stacked(pipe, "tome")
 
 
@@ -207,15 +209,34 @@ def test_stacks_are_measured_against_the_plain_dense_model(report):
     assert {"torchao", "DeepCache", "tomesd"} <= set(data["provenance"]["versions"])
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a slim miniature in it."""
+    found = tmp_path_factory.mktemp("miniature")
     dense = DiffusionPipeline.from_pretrained(DEMO, torch_dtype=torch.float32)
-    statistics = slimdiff.calibrate(dense, output=tmp_path / "statistics.safetensors", num_prompts=2, steps=2)
-    slimdiff.save(slimdiff.compress(dense, statistics, influence="local"), tmp_path / "slim")
+    statistics = slimdiff.calibrate(dense, output=found / "statistics.safetensors", num_prompts=2, steps=2)
+    slimdiff.save(slimdiff.compress(dense, statistics, influence="local"), found / "slim")
+    return found
+
+
+def test_a_slim_checkpoint_loads_in_int8_in_plain_diffusers(folder):
+    in_int8 = TorchAoConfig(Int8WeightOnlyConfig())
+    pipe = DiffusionPipeline.from_pretrained(
+        folder / "slim", trust_remote_code=True, torch_dtype=torch.bfloat16,
+        quantization_config=PipelineQuantizationConfig(quant_mapping={"unet": in_int8}),
+    )  # fmt: skip
+    assert all(layer.weight.qdata.dtype == torch.int8 for layer in linears(pipe.unet))
+    text, sample = torch.randn(1, 16, 128), torch.randn(1, 4, 12, 12)
+    found = pipe.unet(sample.bfloat16(), 600, text.bfloat16()).sample
+    assert relative_error(found, slimdiff.load(folder / "slim").unet(sample, 600, text).sample).max() < 1e-2
+
+
+def test_the_example_runs(folder, monkeypatch, capsys):
     script = Path(__file__).parent.parent / "examples/stacking.py"
     monkeypatch.setattr(timing, "WARM_UP", 1)
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder)])
     runpy.run_path(str(script))
     assert "deepcache" in capsys.readouterr().out
-    pictures = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
+    pictures = {path.stem: path.read_bytes() for path in folder.glob("*.png")}
     assert pictures.pop("slim-again") == pictures["slim"]
     assert len(set(pictures.values())) == 4, "each paints its own picture"
