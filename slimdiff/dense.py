@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 
-from slimdiff.checkpoint import load_unet
+from slimdiff import original_layout
+from slimdiff.checkpoint import load, load_unet
 from slimdiff.errors import ModelError, OutputError
-from slimdiff.files import replacing_folder, write_json
+from slimdiff.files import replacing, replacing_folder, write_json
 from slimdiff.groups import Group, by_name, names
 from slimdiff.outputs import PLAN
 from slimdiff.slim_unet import SlimUNet2DConditionModel
@@ -35,16 +37,15 @@ slim checkpoint, which maps them. The licence of the original model applies.
 """
 
 
-def export(slim: Path, output: Path) -> None:
+def export(slim: Path, output: Path, force: bool = False) -> None:
     """Write a slim checkpoint as a folder that stock diffusers loads: all parts as they are, the UNet `padded`.
 
-    Raises OutputError if `output` is there or cannot be written, ModelError if `slim` is no slim checkpoint, or one
-    that cannot be padded.
+    Raises OutputError if `output` is there, unless `force` is set and it is such a folder, or cannot be written;
+    ModelError if `slim` is no slim checkpoint, or one that cannot be padded.
     """
-    if output.exists():
-        raise OutputError(f"{output} exists. Choose another folder, or remove this one yourself.")
-    unet = padded(load_unet(slim, stored_dtype(Source(str(slim), slim.name, slim))))
-    with replacing_folder(output, output.resolve()) as partial:
+    _check_folder(output, force)
+    unet = padded(load_unet(slim, _dtype(slim)))
+    with replacing_folder(output, output.resolve(), force) as partial:
         for part in slim.iterdir():
             if part.name not in ("unet", PLAN.parts[0], "README.md") and not part.name.startswith("."):
                 (shutil.copytree if part.is_dir() else shutil.copyfile)(part, partial / part.name)
@@ -52,6 +53,41 @@ def export(slim: Path, output: Path) -> None:
         write_json(partial / "model_index.json", index | {"unet": ["diffusers", UNet2DConditionModel.__name__]})
         unet.save_pretrained(partial / "unet")
         (partial / "README.md").write_text(_README, encoding="utf-8")
+
+
+def export_file(slim: Path, output: Path, force: bool = False) -> None:
+    """Write a slim checkpoint as one file in the layout of the original code, in the dtype of its UNet, which is
+    `padded`.
+
+    Raises OutputError if `output` is there, unless `force` is set and it is a file, has another suffix than
+    .safetensors, or cannot be written; ModelError as `export` does.
+    """
+    if output.suffix != ".safetensors":
+        raise OutputError(f"{output} is to be a single file: give it a name that ends in .safetensors.")
+    if output.exists() and not (force and output.is_file()):
+        raise OutputError(f"{output} exists. Choose another name, or pass --force to replace a file.")
+    pipe = load(slim, _dtype(slim))
+    pipe.unet = padded(pipe.unet)
+    with replacing(output) as temporary:
+        save_file(original_layout.pipeline(pipe), temporary, {"format": "pt"})
+
+
+def _dtype(slim: Path) -> torch.dtype:
+    return stored_dtype(Source(str(slim), slim.name, slim))
+
+
+def _check_folder(output: Path, force: bool) -> None:
+    """Raises OutputError if something is there, unless `force` is set and it says that `export` wrote it."""
+    if not output.exists():
+        return
+    if not force:
+        raise OutputError(f"{output} exists. Choose another folder, or pass --force to replace it.")
+    readme = output / "README.md"
+    if not readme.is_file() or readme.read_text(encoding="utf-8", errors="replace") != _README:
+        raise OutputError(
+            f"{output} exists and was not written by 'slimdiff dense', so --force does not replace it. Choose another "
+            "folder, or remove this one yourself."
+        )
 
 
 def padded(slim: SlimUNet2DConditionModel) -> UNet2DConditionModel:

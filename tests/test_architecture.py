@@ -24,7 +24,7 @@ LAYERS = (
      "timesteps"},
     {"families", "stacking"},
     {"allocate", "card", "commands.parameters", "files", "groups", "linalg", "measured", "metrics.pictures",
-     "metrics.weights", "options", "outputs", "plan", "recipe", "single_file", "source"},
+     "metrics.weights", "options", "original_layout", "outputs", "plan", "recipe", "single_file", "source"},
     {"gram", "latency", "lora", "metrics.inception", "metrics.score"},
     {"metrics.clip", "metrics.fid", "metrics.lpips", "patches"},
     {"capture", "checkpoint", "metrics.choice", "pipeline", "refine", "report.document", "report.evaluation",

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import UNETS, noise, tiny_unet
+from conftest import UNETS, noise, tiny_pipeline, tiny_unet
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from slimdiff import checkpoint
+from slimdiff import checkpoint, pipeline, source
 from slimdiff.cli import main
-from slimdiff.dense import export, padded
+from slimdiff.dense import export, export_file, padded
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.groups import KINDS, find_groups
 from slimdiff.slim_unet import SlimUNet2DConditionModel
@@ -116,6 +116,50 @@ def test_the_folder_loads_in_stock_diffusers_and_paints_what_the_slim_one_paints
 def test_what_is_there_stays_and_what_is_not_slim_is_refused(written, model_folder, tmp_path):
     with pytest.raises(OutputError, match="exists"):
         export(written, tmp_path)
-    with pytest.raises(ModelError, match="not a slim checkpoint"):
-        export(model_folder, tmp_path / "dense")
+    with pytest.raises(OutputError, match="was not written by 'slimdiff dense'"):
+        export(written, tmp_path, force=True)
+    for write, name in ((export, "dense"), (export_file, "dense.safetensors")):
+        with pytest.raises(ModelError, match="not a slim checkpoint"):
+            write(model_folder, tmp_path / name)
+    with pytest.raises(OutputError, match=r"ends in \.safetensors"):
+        export_file(written, tmp_path / "dense")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [(), ("--single-file",)])
+def test_what_an_earlier_run_wrote_is_replaced_only_when_told_to(written, tmp_path, options):
+    output = tmp_path / "out.safetensors"
+    arguments = ["dense", str(written), "-o", str(output), *options]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    inside = output if output.is_file() else output / "unet/config.json"
+    whole = inside.read_bytes()
+    inside.write_bytes(b"older")
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 1 and "pass --force" in again.output and inside.read_bytes() == b"older"
+    assert CliRunner().invoke(main, [*arguments, "--force"]).exit_code == 0
+    assert inside.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd1-inpainting", "sd2", "sdxl", "ssd-1b"])
+def test_a_single_file_is_the_dense_folder(family, tmp_path):
+    pipe = tiny_pipeline(tmp_path / "tokenizer", tiny_unet(**UNETS[family]))
+    pipe.save_pretrained(tmp_path / "model")
+    checkpoint.write(tmp_path / "slim", make_slim("tied", pipe.unet), pipe, "{}", tmp_path / "model")
+    export(tmp_path / "slim", tmp_path / "dense")
+    export_file(tmp_path / "slim", tmp_path / "dense.safetensors")
+    wanted = pipeline.load(source.find(str(tmp_path / "dense")))
+    found = pipeline.load(source.find(str(tmp_path / "dense.safetensors"), config=str(tmp_path / "dense")))
+    assert type(found) is type(wanted) and found.components.keys() == wanted.components.keys()
+    for name, part in wanted.components.items():
+        if isinstance(part, torch.nn.Module):
+            state = found.components[name].state_dict()
+            assert state.keys() == part.state_dict().keys(), name
+            assert all(torch.equal(x, state[key]) for key, x in part.state_dict().items()), name
+    if "inpainting" not in family:
+        assert torch.equal(draw(found), draw(wanted))
+
+
+def test_a_single_file_has_the_dtype_of_the_unet(written, tmp_path):
+    export_file(written, tmp_path / "dense.safetensors")
+    assert {x.dtype for x in load_file(tmp_path / "dense.safetensors").values()} == {torch.float16}

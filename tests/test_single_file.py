@@ -10,23 +10,22 @@ import torch
 from click.testing import CliRunner
 from conftest import UNETS, tiny_pipeline, tiny_unet
 from diffusers import AutoencoderKL
-from original_layout import save, vae
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slimdiff import checkpoint, pipeline, source
+from slimdiff import checkpoint, original_layout, pipeline, source
 from slimdiff.cli import main
 from slimdiff.errors import ModelError
 from slimdiff.prompts import embeddings
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd1-inpainting", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", "sd1-inpainting", "sd2", "sdxl"])
 def model(request, tmp_path_factory) -> tuple[Path, Path]:
     """The same tiny model as a folder and as a single file."""
     work = tmp_path_factory.mktemp(request.param)
     pipe = tiny_pipeline(work / "tokenizer", tiny_unet(**UNETS[request.param]))
     pipe.save_pretrained(work / "tiny")
-    save(pipe, work / "tiny.safetensors")
+    save_file(original_layout.pipeline(pipe), work / "tiny.safetensors")
     return work / "tiny", work / "tiny.safetensors"
 
 
@@ -111,7 +110,8 @@ def test_another_vae_paints_and_goes_into_the_slim_checkpoint(model_folder, tmp_
     other = AutoencoderKL.from_config(AutoencoderKL.load_config(model_folder / "vae"))
     other.save_pretrained(tmp_path / "folder")
     other.save_pretrained(tmp_path / "pipeline/vae")
-    save_file({name: tensor.contiguous() for name, tensor in vae(other).items()}, tmp_path / "file.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in original_layout.vae(other).items()}
+    save_file(tensors, tmp_path / "file.safetensors")
     for form in ("folder", "pipeline", "file.safetensors"):
         pipe = pipeline.load(source.find(str(model_folder), vae=str(tmp_path / form)))
         assert equal(other.state_dict(), pipe.vae.state_dict()), form
