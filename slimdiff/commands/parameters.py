@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -114,6 +115,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        for chatty in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao wherever it is installed
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         try:
             function(*args, **kwargs)
         except SlimdiffError as error:
