@@ -325,7 +325,12 @@ def main() -> None:
     if RANK == 0 and args.output:
         marks = evaluate(256, args.work / "sheet.png")
         say("256 held-out captions: " + " ".join(f"{k} {v:.3f}" for k, v in marks.items()))
-        pipeline(half=True).save_pretrained(args.output, safe_serialization=True)
+        pipe = pipeline(half=True)
+        pipe.save_pretrained(args.output, safe_serialization=True)
+        state = {
+            f"text_model.{name.removeprefix('text_model.')}": x for name, x in pipe.text_encoder.state_dict().items()
+        }
+        pipe.text_encoder.save_pretrained(args.output / "text_encoder", state_dict=state)  # 5 leaves out what 4 needs
         for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads; 5 writes tokenizer.json alone
             shutil.copy(args.work / "tokenizer-0" / name, args.output / "tokenizer" / name)
         say(f"written to {args.output}")
