@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.loaders import peft
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import (
@@ -496,3 +497,7 @@ def _signature() -> inspect.Signature:
 SlimUNet2DConditionModel.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
 SlimUNet2DConditionModel.__module__ = MODULE
 sys.modules.setdefault(MODULE, sys.modules[__name__])
+
+# How LoRA scales by block are read, which diffusers looks up by the name of the class.
+if "UNet2DConditionModel" in (_scales := getattr(peft, "_SET_ADAPTER_SCALE_FN_MAPPING", {})):
+    _scales[SlimUNet2DConditionModel.__name__] = _scales["UNet2DConditionModel"]

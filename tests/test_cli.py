@@ -56,7 +56,9 @@ def test_the_three_commands_chain(here, model_folder):
     assert "statistics: slimdiff-out/tiny/statistics.safetensors" in out and "achieved 35" in out
     out = run("bench", "--num-prompts", 2, "--repeats", 3, "--batch-sizes", 1, "--device", "cpu")
     assert "slim checkpoint: slimdiff-out/tiny/slim-0.35" in out
-    assert {p.name for p in (here / "slimdiff-out/tiny/bench-0.35").iterdir()} == {"report.json", "report.html"}
+    assert {p.name for p in (here / "slimdiff-out/tiny/bench-0.35").iterdir()} == {
+        "pictures.png", "report.html", "report.json",
+    }  # fmt: skip
 
 
 def test_budget_zero_writes_a_model_that_paints_the_same(statistics, model_folder, tmp_path):

@@ -192,6 +192,16 @@ def test_several_adapters_add_up_with_their_scales(made, slim_pipe):
     assert close(noise(slim_pipe.unet), noise(merged_first(made, one)))
 
 
+def test_scales_by_block_are_those_of_the_dense_model(made, slim_pipe):
+    lora, found = peft_names(lora_of(made[0].unet)), []
+    for pipe in (with_unet(made[0], copy.deepcopy(made[0].unet)), slim_pipe):
+        pipe.load_lora_weights(dict(lora), adapter_name="one")
+        pipe.set_adapters("one", {"unet": {"down": {"block_1": [0.5]}, "mid": -1.0, "up": 0.25}})
+        layers = pipe.unet.named_modules()
+        found.append({name: layer.scaling["one"] for name, layer in layers if getattr(layer, "scaling", None)})
+    assert found[0] == found[1] and {0.5, -1.0, 0.25} <= set(found[0].values())
+
+
 def test_the_text_encoders_part_is_left_alone(made, slim_pipe):
     dense = made[0]
     name = next(name for name, _ in dense.text_encoder.named_modules() if name.endswith("q_proj"))
