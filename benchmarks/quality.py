@@ -90,7 +90,7 @@ def parse(name: str) -> Way:
 
 def variants() -> dict[str, Method]:
     """slimdiff, each time with one idea of its solves replaced by what is usual."""
-    own = methods.METHODS["slimdiff"]
+    own = replace(methods.METHODS["slimdiff"], adapters=False)  # not every solve has maps for them
 
     def variant(kind: str, solve: Callable[[Evidence], Solution], baselines: bool = False) -> Method:
         kinds = kind.split()
