@@ -74,6 +74,7 @@ def test_variants_change_one_kind_of_group_each():
     found = quality.variants()
     assert not set(found) & set(methods.METHODS)
     assert all((one.kinds, one.influence) == (own.kinds, own.influence) for one in found.values())
+    assert not any(one.adapters for one in found.values())  # whitened and selected dimensions have no maps for them
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path: Path):
