@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_unet
@@ -15,6 +17,7 @@ from slimdiff.groups import find_groups, probes
 from slimdiff.guidance import guided
 from slimdiff.methods import METHODS, Evidence
 from slimdiff.solve.solution import Solution
+from slimdiff.solve.vo import VOSolution
 from slimdiff.surgery import build, slim_weights, truncated
 
 torch.set_num_threads(1)
@@ -221,12 +224,17 @@ def measured(unet: nn.Module, group, solution: Solution, width: int) -> float:
 @pytest.mark.parametrize("module", ["down_blocks.0", "mid_block", "up_blocks.1"])
 @pytest.mark.parametrize("layer", ["attn1", "attn2", "ff"])
 def test_the_error_of_a_cut_is_the_predicted_one(calibrated, module, layer):
+    """Or less, where heads choose together: the prediction is of each alone."""
     unet, _, solutions = calibrated
     path = f"{module}.attentions.0.transformer_blocks.0.{layer}"
     for group in [group for group in find_groups(unet) if group.module == path]:
         for width in {group.width // 4, group.width // 2, group.width - 1}:
-            predicted = float(solutions[group.name].error[width])
-            assert measured(unet, group, solutions[group.name], width) == pytest.approx(predicted, rel=1e-3, abs=1e-5)
+            solution = solutions[group.name]
+            predicted = float(solution.error[width])
+            if isinstance(solution, VOSolution):
+                assert measured(unet, group, solution, width) <= predicted * (1 + 1e-3) + 1e-5
+                solution = replace(solution, sweeps=0)
+            assert measured(unet, group, solution, width) == pytest.approx(predicted, rel=1e-3, abs=1e-5)
 
 
 def test_a_truncation_ends_with_every_weight_bit_for_bit_as_before(calibrated):
