@@ -255,9 +255,10 @@ def draw(rows: Sequence[Row], main: Sequence[Row], out: Path, captions: Sequence
             ways = [pick(here, way=way) for way in dict.fromkeys(row["way"] for row in pick(here, method=method))]
             lines = {chosen[0]["way"]: along(chosen, "budget") for chosen in ways}
             if lines:  # the most budgets, then the least error over them, on the plot's own scale
-                way = min(lines, key=lambda w: (-len(lines[w]), sum(math.log(max(y, 1e-30)) for _, y, _ in lines[w])))
+                least = min(lines, key=lambda w: (-len(lines[w]), sum(math.log(max(y, 1e-30)) for _, y, _ in lines[w])))
+                way = DEFAULT if DEFAULT in lines else least
                 best[way] = lines[way]
-        title = "Final latents, each method's best way (thick: median, thin: 90th percentile)"
+        title = f"{DEFAULT}, and each baseline's best way (thick: median, thin: 90th percentile)"
         add(f"budgets-{of}.png", title, best, f"share removed of {OF[of]}")
     curves: dict[str, Curve] = {}
     for way in BY_TIMESTEP:
