@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedModel
 
+from slimdiff import original_layout
 from slimdiff.card import readme
 from slimdiff.errors import ModelError, OutputError
 from slimdiff.files import replacing_folder
@@ -214,8 +215,7 @@ def _save(component: Any, folder: Path, dtype: torch.dtype | None) -> None:
     if dtype is not None and isinstance(component, torch.nn.Module):
         component.to(dtype)
     if isinstance(component, CLIPTextModel):
-        state = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in component.state_dict().items()}
-        component.save_pretrained(folder, state_dict=state)
+        component.save_pretrained(folder, state_dict=original_layout.clip(component))
     else:
         component.save_pretrained(folder)
 

@@ -26,33 +26,33 @@ class VOSolution:
     weight: Tensor  # W_o, (C, h d_h)
     mean: Tensor  # (h d_h,), zero where there is no bias to absorb it
     sweeps: int
-    _chosen: dict[int, Tensor] = field(default_factory=dict)
+    _found: dict[int, tuple[Tensor, NestedLeastSquares]] = field(default_factory=dict, init=False)
 
     def at(self, r: int) -> Factors:
         h, d, _ = self.alone.shape
-        maps = self._maps(r)[:, :r]
-        out = self._fit(r).weight(h * r).unflatten(1, (r, h)).transpose(1, 2).flatten(1)
+        whole, fit = self._chosen(r)
+        maps = whole[:, :r]
+        out = fit.weight(h * r).unflatten(1, (r, h)).transpose(1, 2).flatten(1)
         kept_mean = (maps @ self.mean.view(h, d, 1)).flatten()
         return Factors((maps,), out, self.weight @ self.mean - out @ kept_mean)
 
     def dropped(self, r: int, rank: int) -> tuple[Tensor, Tensor]:
         h, d, _ = self.alone.shape
-        maps = self._maps(r)
+        maps, fit = self._chosen(r)
         mean = (maps @ self.mean.view(h, d, 1)).view(h, d).mT.flatten()
-        left, right = self._fit(r).others(h * r, mean, rank)
+        left, right = fit.others(h * r, mean, rank)
         left = maps.mT @ left.view(d, h, -1).transpose(0, 1)
         return left.flatten(0, 1), right.unflatten(1, (r, h)).transpose(1, 2).flatten(1)
 
-    def _fit(self, r: int) -> NestedLeastSquares:
-        return fit_rows(self.weight, self.moment, self._maps(r))
-
-    def _maps(self, r: int) -> Tensor:
-        """R for this width, (h, d_h, d_h): orthonormal rows, of which the first r of each head are kept."""
-        if r == self.alone.shape[1] or not self.sweeps:
-            return self.alone
-        if r not in self._chosen:
-            self._chosen[r] = choose_together(self.weight, self.moment, self.alone[:, :r], self.sweeps)
-        return self._chosen[r]
+    def _chosen(self, r: int) -> tuple[Tensor, NestedLeastSquares]:
+        """R for this width, (h, d_h, d_h): orthonormal rows, of which the first r of each head are kept; and the fit on
+        them. Both are found once, since factors and maps for adapters ask for them in turn."""
+        if r not in self._found:
+            maps = self.alone
+            if self.sweeps and r < maps.shape[1]:
+                maps = choose_together(self.weight, self.moment, maps[:, :r], self.sweeps)
+            self._found[r] = maps, fit_rows(self.weight, self.moment, maps)
+        return self._found[r]
 
 
 def solve_vo(outputs: Moments, weight: Tensor, heads: int, has_bias: bool = True, sweeps: int = SWEEPS) -> VOSolution:
