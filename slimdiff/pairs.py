@@ -21,14 +21,19 @@ from slimdiff.plan import Plan
 
 
 def load(
-    slim: Path, dense: str | None = None, *, device: str = "auto", dtype: str = "auto", variant: str | None = None
+    slim: Path,
+    plan: Plan,
+    dense: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    variant: str | None = None,
 ) -> tuple[DiffusionPipeline, DiffusionPipeline, source.Source]:
     """The dense and the slim pipeline, with calibration's scheduler, and where the dense one is.
 
-    `dense` is by default the model that the checkpoint `slim` was made from. Raises ModelError if either cannot be
-    read, or they do not belong together.
+    `dense` is by default the model that the checkpoint `slim` was made from, by this `plan`. Raises ModelError if
+    either cannot be read, or they do not belong together.
     """
-    plan = Plan.from_json(checkpoint.read_plan(slim))
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
     kept = plan.provenance.get("model_options", {}) if dense is None else {}

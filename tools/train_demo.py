@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from slimdiff import original_layout
 from slimdiff.demo import scenes
 
 TOKENS = 24
@@ -327,10 +328,8 @@ def main() -> None:
         say("256 held-out captions: " + " ".join(f"{k} {v:.3f}" for k, v in marks.items()))
         pipe = pipeline(half=True)
         pipe.save_pretrained(args.output, safe_serialization=True)
-        state = {
-            f"text_model.{name.removeprefix('text_model.')}": x for name, x in pipe.text_encoder.state_dict().items()
-        }
-        pipe.text_encoder.save_pretrained(args.output / "text_encoder", state_dict=state)  # 5 leaves out what 4 needs
+        state = original_layout.clip(pipe.text_encoder)  # transformers 5 leaves out a prefix that 4 needs
+        pipe.text_encoder.save_pretrained(args.output / "text_encoder", state_dict=state)
         for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads; 5 writes tokenizer.json alone
             shutil.copy(args.work / "tokenizer-0" / name, args.output / "tokenizer" / name)
         say(f"written to {args.output}")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import PATH, SIZES, STACKS, command, model_options, picture_options, say
+from slimdiff.commands.parameters import PATH, SIZES, STACKS, command, model_options, newest_slim, picture_options, say
 
 
 @click.command()
@@ -56,14 +56,12 @@ def bench(
     from slimdiff.plan import Plan
     from slimdiff.report import page
 
-    if slim is None:
-        slim = outputs.newest_slim()
-        say(f"slim checkpoint: {slim}")
+    slim = slim or newest_slim()
     plan = Plan.from_json(checkpoint.read_plan(slim))
     made = plan.provenance["recipe"]
     texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
     texts = texts[:num_prompts]
-    dense_pipe, slim_pipe, found = pairs.load(slim, dense, device=device, dtype=dtype, variant=variant)
+    dense_pipe, slim_pipe, found = pairs.load(slim, plan, dense, device=device, dtype=dtype, variant=variant)
     settings = Settings.like(made, texts, seed=seed, batch_sizes=batch_sizes, repeats=repeats, stacks=stacks, **changes)
     sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
     result = measure(dense_pipe, slim_pipe, plan, settings, sizes=sizes)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from slimdiff import outputs
-from slimdiff.commands.parameters import PATH, command, say
+from slimdiff.commands.parameters import PATH, command, newest_slim
 
 
 @click.command()
@@ -28,8 +27,6 @@ def dense(slim: Path | None, single_file: bool, force: bool, output: Path) -> No
     """
     from slimdiff.dense import export, export_file
 
-    if slim is None:
-        slim = outputs.newest_slim()
-        say(f"slim checkpoint: {slim}")
+    slim = slim or newest_slim()
     (export_file if single_file else export)(slim, output, force)
     click.echo(f"{output}: {slim} in dense shapes")

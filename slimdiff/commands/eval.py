@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import METRICS, PATH, command, model_options, picture_options, say
+from slimdiff.commands.parameters import METRICS, PATH, command, model_options, newest_slim, picture_options, say
 from slimdiff.recipe import SCHEDULERS
 
 
@@ -71,9 +71,7 @@ def evaluate(
 
     if slim is None and dense is not None and checkpoint.is_slim(dense):
         slim, dense = Path(dense), None
-    if slim is None:
-        slim = outputs.newest_slim()
-        say(f"slim checkpoint: {slim}")
+    slim = slim or newest_slim()
     plan = Plan.from_json(checkpoint.read_plan(slim))
     made = plan.provenance["recipe"]
     texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
@@ -85,7 +83,7 @@ def evaluate(
         reference=reference,
         fid_features=int(fid_features),
     )
-    pipes = pairs.load(slim, dense, device=device, dtype=dtype, variant=variant)[:2]
+    pipes = pairs.load(slim, plan, dense, device=device, dtype=dtype, variant=variant)[:2]
     for pipe in pipes:
         pipeline.use_scheduler(pipe, scheduler)
     folder = output or outputs.evaluation_path(slim)

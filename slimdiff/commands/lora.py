@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from slimdiff import outputs
-from slimdiff.commands.parameters import PATH, command, say
+from slimdiff.commands.parameters import PATH, command, newest_slim
 
 
 @click.command()
@@ -25,8 +24,6 @@ def lora(lora: Path, slim: Path | None, force: bool, output: Path) -> None:
     from slimdiff import checkpoint
     from slimdiff.lora import convert
 
-    if slim is None:
-        slim = outputs.newest_slim()
-        say(f"slim checkpoint: {slim}")
+    slim = slim or newest_slim()
     convert(lora, checkpoint.load_unet(slim), output, force)
     click.echo(f"{output}: LoRA for {slim}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from slimdiff import outputs
 from slimdiff.errors import SlimdiffError
 from slimdiff.stacking import PACKAGES
 
@@ -105,6 +106,13 @@ LORA, SHARD = Parsed("file[:scale]", _lora), Parsed("part/parts", _shard)
 def say(text: str) -> None:
     """To people, not to pipes: what is worth knowing beside the outcome."""
     click.echo(text, err=True)
+
+
+def newest_slim() -> Path:
+    """The slim checkpoint for a command that was given none; which one it is, is said."""
+    found = outputs.newest_slim()
+    say(f"slim checkpoint: {found}")
+    return found
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
