@@ -133,12 +133,15 @@ def tensor_cores() -> Iterator[None]:
 
     Factors are rounded to 11 bits, sums are not: noise of 1e-7 of each feature's energy, below the ridge of the solves.
     """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    matmul = torch.backends.cuda.matmul
+    # torch before 2.9 has the first name only; later ones refuse to read it where a user has set the second
+    name, wanted = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, wanted)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def pack(symmetric: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from slimdiff.linalg import (
     regularised,
     roots,
     tails,
+    tensor_cores,
     unpack,
 )
 
@@ -140,3 +141,17 @@ def test_pack_and_unpack_are_inverses(shape):
 
 def test_pack_takes_the_lower_triangle_row_by_row():
     assert pack(torch.tensor([[1, 9, 9], [2, 3, 9], [4, 5, 6]])).tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.parametrize("chosen", ["none", "ieee", "tf32"])
+def test_tensor_cores_are_used_inside_and_the_users_own_choice_after(chosen):
+    """However it was made: torch refuses to read its old setting once the new one has been used."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, chosen
+    try:
+        with tensor_cores():
+            assert matmul.fp32_precision == "tf32"
+        assert matmul.fp32_precision == chosen
+    finally:
+        matmul.fp32_precision = before
