@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from slimdiff import __version__, influence
+from slimdiff import __version__, probing
 from slimdiff.allocate import Allocation, allocate, level_out
 from slimdiff.errors import BudgetError
 from slimdiff.groups import Group, find_groups
@@ -120,7 +120,7 @@ def solve(
         for group in tqdm(groups, unit="group", disable=None, desc="solve")
     }
     if (options.influence or method.influence) in ("sampler", "noise") and any(one.budget for one in wanted):
-        probed = {g: influence.probing_widths(g, solutions[g.name], options.probe_shares) for g in groups}
+        probed = {g: probing.probing_widths(g, solutions[g.name], options.probe_shares) for g in groups}
         solutions |= _tried(unet, probed, solutions, statistics)
     return Solved(groups, solutions, params, count(unet, size, text_tokens).total, spent_in, table)
 
@@ -207,7 +207,7 @@ def _errors(
     """What each group costs at every width, (width + 1,): its local error, or what that is expected to lead to."""
     if options.influence not in ("sampler", "noise") or options.budget == 0:
         return {name: solution.error for name, solution in solutions.items()}
-    found = influence.probed(
+    found = probing.probed(
         statistics.path.with_suffix(".influence.json"), pipe, groups, solutions, statistics.states(),
         statistics.recipe, statistics=statistics.digest(), method=options.method, kind=options.influence,
         shares=options.probe_shares, prompts=options.probe_prompts, steps=options.probe_steps,

@@ -161,6 +161,12 @@ def fingerprint(unet: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def prompts_at_once(pipe: DiffusionPipeline, height: int, width: int) -> int:
+    """As many as keep the device busy, fewer the larger the picture in pixels."""
+    pixels = height * width // pipe.vae_scale_factor**2
+    return max(1, min(32, (65536 if pipe.unet.device.type == "cuda" else 4608) // pixels))
+
+
 def use_scheduler(pipe: DiffusionPipeline, name: str | None) -> None:
     """Swap in the scheduler of a recipe, made from the checkpoint's own schedule."""
     if name is not None:

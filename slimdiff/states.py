@@ -100,13 +100,13 @@ class States:
             target[inner] = rows(parts).to(device, dtype)
         return arguments
 
-    def for_pipeline(self, count: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What stands for the first `count` prompts in a call of the pipeline."""
+    def for_pipeline(self, chosen: Sequence[int], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What stands for the chosen prompts in a call of the pipeline."""
         names = {"encoder_hidden_states": "prompt_embeds", "added_cond_kwargs.text_embeds": "pooled_prompt_embeds"}
         found = {}
         for name, argument in names.items():
             if name in self.conditioning:
-                rows = torch.stack(self.conditioning[name][:count]).to(device, dtype)
+                rows = torch.stack([self.conditioning[name][i] for i in chosen]).to(device, dtype)
                 found[argument], found[f"negative_{argument}"] = rows[:, -1], rows[:, 0]
         return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import noise, noise_when_cut, tiny_pipeline, tiny_unet
 
-import slimdiff.influence
+import slimdiff.probing
 from slimdiff.calibrate import collect
 from slimdiff.compress import Options, cut, make_plan
 from slimdiff.errors import BudgetError, StatisticsError
@@ -132,7 +132,7 @@ def test_slim_and_padded_weights_are_the_same_function(calibrated):
 def test_probing_is_cached_and_later_budgets_are_free(calibrated, monkeypatch):
     pipe, statistics = calibrated
     cut(pipe, statistics, Options(0.3, probe_prompts=2, probe_steps=2))
-    monkeypatch.setattr(slimdiff.influence, "sample", lambda *a, **k: pytest.fail("probed again"))
+    monkeypatch.setattr(slimdiff.probing, "sample", lambda *a, **k: pytest.fail("probed again"))
     _, plan = cut(pipe, statistics, Options(0.5, probe_prompts=2, probe_steps=2))
     assert any(entry.final_error != entry.local_error for entry in plan.entries)
 

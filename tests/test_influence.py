@@ -11,11 +11,13 @@ import torch
 from conftest import tiny_pipeline, tiny_unet
 from diffusers import HeunDiscreteScheduler
 
-import slimdiff.influence
+import slimdiff.probing
 from slimdiff.calibrate import collect
 from slimdiff.errors import StatisticsError
 from slimdiff.groups import Group, find_groups
-from slimdiff.influence import BROKEN, FLOOR, Influence, Point, evaluations, guided, probe, probed, probing_widths
+from slimdiff.guidance import guided
+from slimdiff.influence import FLOOR, Influence, Point
+from slimdiff.probing import BROKEN, evaluations, probe, probed, probing_widths
 from slimdiff.methods import METHODS, Evidence
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
@@ -178,7 +180,7 @@ def test_the_noise_error_is_nothing_at_full_width_and_grows_with_what_is_cut(tin
     for group in groups:
         finals = [sum(point.errors) for _, point in sorted(influence.points[group.name].items())]
         assert finals[0] > finals[1] > finals[2] > 0
-    monkeypatch.setattr(slimdiff.influence, "probing_widths", lambda group, *_: [group.width])
+    monkeypatch.setattr(slimdiff.probing, "probing_widths", lambda group, *_: [group.width])
     whole = probe(*tiny, kind="noise", **ASKED)
     assert max(max(whole.points[g.name][g.width].errors) for g in groups) < 1e-11
 
@@ -223,7 +225,7 @@ def test_outputs_that_are_not_finite_are_very_wrong(tiny, monkeypatch, kind):
         yield
         weight.data = before
 
-    monkeypatch.setattr(slimdiff.influence, "truncated", broken)
+    monkeypatch.setattr(slimdiff.probing, "truncated", broken)
     influence = probe(*tiny, kind=kind, **ASKED)
     assert all(set(point.errors) == {BROKEN} for g in groups for point in influence.points[g.name].values())
 
@@ -382,10 +384,10 @@ def test_the_cache_is_written_now_and_then(tiny, tmp_path, monkeypatch):
     sizes = []
     write = slimdiff.influence.write_json
     monkeypatch.setattr(
-        slimdiff.influence, "write_json", lambda path, data: (write(path, data), sizes.append(path.stat().st_size))
+        slimdiff.probing, "write_json", lambda path, data: (write(path, data), sizes.append(path.stat().st_size))
     )
     cached(tiny, tmp_path / "rarely.json")
     assert len(sizes) == 1
-    monkeypatch.setattr(slimdiff.influence, "KEEP_EVERY", -1.0)
+    monkeypatch.setattr(slimdiff.probing, "KEEP_EVERY", -1.0)
     cached(tiny, tmp_path / "always.json")
     assert len(sizes) == 4 and sizes[1] < sizes[2] < sizes[3] == sizes[0]

@@ -104,7 +104,7 @@ def test_tensors_hold_everything(pipe):
 def test_the_pipeline_gets_the_same_conditioning_back(pipe):
     states, _ = run(pipe, 4)
     direct = encode(pipe, TEXTS[:3], NEGATIVES[:3])
-    kept = states.for_pipeline(3, CPU, torch.float32)
+    kept = states.for_pipeline(range(3), CPU, torch.float32)
     assert kept.keys() == {"prompt_embeds", "negative_prompt_embeds"}
     for name, tensor in kept.items():
         torch.testing.assert_close(tensor, direct[name], rtol=1e-5, atol=1e-6)
@@ -132,7 +132,7 @@ def test_sdxl_conditions_are_kept_with_their_rows():
     with torch.no_grad():
         again = unet(**states.batch(last, CPU, torch.float32)).sample
     torch.testing.assert_close(again, output, rtol=1e-4, atol=1e-5)
-    assert torch.equal(states.for_pipeline(2, CPU, torch.float32)["negative_pooled_prompt_embeds"],
+    assert torch.equal(states.for_pipeline(range(2), CPU, torch.float32)["negative_pooled_prompt_embeds"],
                        arguments["added_cond_kwargs"]["text_embeds"][:2])  # fmt: skip
 
 
