@@ -107,7 +107,7 @@ def probe(
 
     def known(group: Group, width: int) -> bool:
         point, local = points.get(group.name, {}).get(width), float(solutions[group.name].error[width])
-        return point is not None and len(point.errors) == prompts and abs(point.local - local) <= CHANGED * local
+        return point is not None and len(point.errors) == prompts and abs(point.local - local) <= CHANGED * max(local, FLOOR)
 
     with ExitStack() as stack:
         measuring = cache(lambda: stack.enter_context(_measuring(pipe, states, recipe, kind, prompts, steps)))

@@ -16,8 +16,8 @@ from slimdiff.calibrate import collect
 from slimdiff.errors import StatisticsError
 from slimdiff.groups import Group, find_groups
 from slimdiff.guidance import guided
-from slimdiff.influence import FLOOR, Influence, Point
-from slimdiff.probing import BROKEN, evaluations, probe, probed, probing_widths
+from slimdiff.influence import FLOOR, SURE, Influence, Point
+from slimdiff.probing import BROKEN, NARROWEST, evaluations, probe, probed, probing_widths
 from slimdiff.methods import METHODS, Evidence
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
@@ -128,6 +128,16 @@ def test_points_lost_in_rounding_do_not_count(point):
     torch.testing.assert_close(with_another, FALLING.error)
 
 
+def test_a_point_that_rounding_may_have_made_counts_only_if_there_is_no_better():
+    lost, clear = (0.25, [3e-6]), (9 / 16, [9e-6])
+    alone = replace(known(w8=lost), rounding=1e-6).final_errors(group_of(16), FALLING)
+    torch.testing.assert_close(alone, FALLING.error * 3e-6 / 0.25)
+    both = replace(known(w8=lost, w4=clear), rounding=1e-6).final_errors(group_of(16), FALLING)
+    torch.testing.assert_close(both, FALLING.error * 9e-6 * 16 / 9)
+    nothing = replace(known(w8=lost, w4=clear), rounding=1e-5).final_errors(group_of(16), FALLING)
+    assert not nothing.any()
+
+
 def test_dead_groups_have_no_error_to_predict():
     assert not known(w8=(0.0, [0.0])).final_errors(group_of(16), Curve(torch.zeros(17))).any()
 
@@ -163,6 +173,42 @@ def test_widths_do_not_depend_on_each_other(tiny):
     for name, points in one.points.items():
         (width,) = points
         assert points[width].errors == pytest.approx(both.points[name][width].errors)
+
+
+def test_what_rounding_hides_is_probed_narrower(tiny, monkeypatch):
+    """With rounding as coarse as what half the width of the first group loses, that group is measured again."""
+    groups = tiny[1]
+    plain = probe(*tiny, **ASKED)
+    assert 0 < plain.rounding < 1e-11
+    half = plain.points[groups[0].name][groups[0].width // 2].final()
+    exact = slimdiff.probing.relative_error
+    monkeypatch.setattr(slimdiff.probing, "relative_error", lambda *pair: exact(*pair) + half / 2)
+    coarse = probe(*tiny, **ASKED)
+    assert coarse.rounding == pytest.approx(half / 2, rel=1e-6)
+    assert list(coarse.points[groups[0].name])[:2] == [groups[0].width // 2, groups[0].width // 4]
+    for group in groups:
+        last = coarse.points[group.name][min(coarse.points[group.name])]
+        assert last.final() > SURE * coarse.rounding or min(coarse.points[group.name]) < 2 * group.width / NARROWEST
+
+
+def test_half_precision_knows_its_own_rounding(tiny):
+    pipe, *rest = tiny
+    try:
+        found = probe(pipe.to(torch.bfloat16), *rest, **ASKED)
+    finally:
+        pipe.to(torch.float32)
+    assert 1e-7 < found.rounding < 1e-2
+
+
+def test_prompts_may_run_in_parts(tiny, monkeypatch):
+    together = probe(*tiny, **ASKED)
+    monkeypatch.setattr(slimdiff.probing, "prompts_at_once", lambda *size: 2)
+    with rows_counted(tiny[0].unet) as rows:
+        apart = probe(*tiny, **ASKED)
+    assert set(rows) == {2, 4}
+    for name, points in together.points.items():
+        for width, point in points.items():
+            assert apart.points[name][width].errors == pytest.approx(point.errors, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["sampler", "noise"])
