@@ -27,8 +27,8 @@ from slimdiff.solve.solution import Solution
 from slimdiff.states import States
 from slimdiff.surgery import truncated
 
-NARROWEST = 8
-"""What is lost in rounding is probed at half the width again, down to this part of the full one."""
+NARROW = 8
+"""What is lost in rounding is probed again at this part of the full width."""
 
 BROKEN = 1e6
 """Final error of a prompt whose outputs are not finite."""
@@ -127,11 +127,10 @@ def probe(
         rounding = max(point(group, group.width).final() for group in references)
         for group, widths in asked.items():
             for width in widths:
-                while (one := point(group, width)).final() <= SURE * rounding and width >= 2 * group.width / NARROWEST:
-                    found[group.name][width] = one
-                    width //= 2
+                found[group.name][width] = point(group, width)
+                if found[group.name][width].final() <= SURE * rounding and width > (least := max(1, group.width // NARROW)):
                     bar.total += 1
-                found[group.name][width] = one
+                    found[group.name][least] = point(group, least)
     return Influence(statistics, kind, found, rounding)
 
 
