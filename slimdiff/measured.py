@@ -12,6 +12,7 @@ import numpy as np
 from slimdiff.errors import SlimdiffError
 from slimdiff.guidance import rows_per_prompt
 from slimdiff.macs import Macs
+from slimdiff.recipe import check_size
 
 QUANTILES = (0.5, 0.9, 1.0)
 """Of the prompts, best first: the typical one, what 9 in 10 stay within, the worst."""
@@ -52,6 +53,7 @@ class Settings:
         for name, value in least.items():
             if value < 1:
                 raise SlimdiffError(f"The benchmark's {name} cannot be {value}; the least is 1.")
+        check_size(self.height, self.width)
         if self.pictures < 0:
             raise SlimdiffError(f"{self.pictures} pictures cannot be shown; the least is 0.")
 

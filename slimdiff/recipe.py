@@ -23,6 +23,9 @@ SCHEDULERS = {
 }
 """Names of `--scheduler`; without one the checkpoint's own scheduler runs."""
 
+SIDE_STEP = 8
+"""Pixels that the sides of a picture are multiples of: diffusers paints no others."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -99,7 +102,7 @@ def family_recipe(
 
     `size` is the (height, width) the model was made for, used where the recipe names none.
 
-    Raises SlimdiffError if fewer prompts are there than asked for.
+    Raises SlimdiffError if fewer prompts are there than asked for, or as `check_size` does.
     """
     entry = json.loads((folder() / "recipes.json").read_text(encoding="utf-8"))[family]
     own = prompts if prompts is not None else read_prompts(folder() / entry["prompts"])
@@ -117,7 +120,16 @@ def family_recipe(
         width=entry.get("width", size[1]),
         scheduler=entry.get("scheduler"),
     )
-    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+    recipe = replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+    check_size(recipe.height, recipe.width)
+    return recipe
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises SlimdiffError for pictures, in pixels, of a size that diffusers does not paint."""
+    for name, side in (("height", height), ("width", width)):
+        if side < SIDE_STEP or side % SIDE_STEP:
+            raise SlimdiffError(f"A {name} of {side} pixels cannot be painted: it has to be a multiple of {SIDE_STEP}.")
 
 
 def read_prompts(path: Path, column: str = "prompt") -> tuple[str, ...]:

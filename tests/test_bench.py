@@ -283,7 +283,15 @@ def test_models_that_cannot_be_compared_are_refused(dense: StableDiffusionPipeli
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"prompts": ()}, {"negatives": ("",)}, {"steps": 0}, {"repeats": 0}, {"batch_sizes": ()}, {"pictures": -1}],
+    [
+        {"prompts": ()},
+        {"negatives": ("",)},
+        {"steps": 0},
+        {"repeats": 0},
+        {"batch_sizes": ()},
+        {"pictures": -1},
+        {"height": 50},
+    ],
 )
 def test_settings_that_make_no_benchmark_are_refused(wrong: dict) -> None:
     with pytest.raises(SlimdiffError):

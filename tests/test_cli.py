@@ -162,6 +162,18 @@ def test_existing_output_needs_force(statistics, tmp_path):
     assert (tmp_path / "slim/slimdiff/plan.json").read_text() != before
 
 
+@pytest.mark.parametrize("command", ["calibrate", "bench", "eval", "profile"])
+@pytest.mark.parametrize("option", ["--height", "--width"])
+def test_sizes_that_cannot_be_painted_are_usage_errors(here, command, option):
+    for size in ("50", "0", "-8", "wide"):
+        out = run(command, option, size, code=2)
+        assert f"'{size}' is not a side" in out and "a multiple of 8 pixels" in out
+
+
+def test_what_is_no_number_is_called_so(here):
+    assert "'abc' is not a valid integer." in run("calibrate", "--steps", "abc", code=2)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -143,5 +143,12 @@ def test_json_holds_the_whole_recipe_and_any_change_changes_its_digest():
     assert len({replace(recipe, **change).digest() for change in changes} | {recipe.digest()}) == len(changes) + 1
 
 
+@pytest.mark.parametrize("side", [0, -8, 50])
+@pytest.mark.parametrize("name", ["height", "width"])
+def test_sizes_that_cannot_be_painted_are_refused(name, side):
+    with pytest.raises(SlimdiffError, match=rf"A {name} of {side} pixels.*a multiple of 8"):
+        family_recipe("demo", (48, 48), **{name: side})
+
+
 def test_schedulers_are_those_of_diffusers():
     assert all(hasattr(getattr(diffusers, name), "from_config") for name in SCHEDULERS.values())

@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import PATH, SIZES, STACKS, command, model_options, newest_slim, picture_options, say
+from slimdiff.commands.parameters import (
+    PATH,
+    SIZES,
+    STACKS,
+    Whole,
+    command,
+    model_options,
+    newest_slim,
+    picture_options,
+    say,
+)
 
 
 @click.command()
@@ -17,7 +27,7 @@ from slimdiff.commands.parameters import PATH, SIZES, STACKS, command, model_opt
 @picture_options
 @click.option("--seed", default=10_000, help="Prompt i starts from the noise of seed + i.")
 @click.option("--batch-sizes", type=SIZES, default="1,4", help="Pictures at once, for latency.")
-@click.option("--repeats", type=click.IntRange(3), default=20, help="Timed pairs for each latency.")
+@click.option("--repeats", type=Whole(3), default=20, help="Timed pairs for each latency.")
 @click.option(
     "--with", "stacks", type=STACKS,
     help="What to put on top of both models, each a column: int8, deepcache, tome, or several as in int8+tome.",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import GROUPS, PATH, SHARES, command, model_options, say
+from slimdiff.commands.parameters import GROUPS, PATH, SHARES, Whole, command, model_options, say
 from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
 
 
@@ -44,7 +44,7 @@ from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
 @click.option("--independent-ranks", is_flag=True, help="Let query-key and value-output widths of one layer differ.")
 @click.option(
     "--round-to",
-    type=click.IntRange(1),
+    type=Whole(1),
     help="Step of head widths; feed-forward widths take eight times that.  [default: 8, finer in narrow layers]",
 )
 @click.option(
@@ -66,8 +66,8 @@ from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
     "(probed once, then cached), local errors as they are, the same share of every group, or the same share of every "
     "group's energy.  [default: sampler; each baseline's own]",
 )
-@click.option("--probe-prompts", type=click.IntRange(1, 32), default=8, help="Prompts to probe with.")
-@click.option("--probe-steps", type=click.IntRange(1), default=10, help="Sampler steps of a probe.")
+@click.option("--probe-prompts", type=Whole(1, 32), default=8, help="Prompts to probe with.")
+@click.option("--probe-steps", type=Whole(1), default=10, help="Sampler steps of a probe.")
 @click.option(
     "--refine/--no-refine",
     default=False,
@@ -75,7 +75,7 @@ from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
 )
 @click.option(
     "--lora-maps",
-    type=click.IntRange(0),
+    type=Whole(0),
     default=16,
     help="Rank of the maps in the checkpoint that make LoRAs of the dense model fit; 0 leaves them out.",
 )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import METRICS, PATH, command, model_options, newest_slim, picture_options, say
+from slimdiff.commands.parameters import METRICS, PATH, Whole, command, model_options, newest_slim, picture_options, say
 from slimdiff.recipe import SCHEDULERS
 
 
@@ -19,12 +19,12 @@ from slimdiff.recipe import SCHEDULERS
 @picture_options
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="Sampler.  [default: as calibrated]")
 @click.option("--seed", default=10_000, help="Prompt i starts from the noise of seed + i.")
-@click.option("--size", type=click.IntRange(8), default=256, help="Measure pictures shrunk to this side, in pixels.")
+@click.option("--size", type=Whole(8), default=256, help="Measure pictures shrunk to this side, in pixels.")
 @click.option("--reference", type=PATH, help="Folder of real pictures for FID.  [default: the dense model's pictures]")
 @click.option("--clip-model", help="Hub id or folder of a CLIP model.  [default: openai/clip-vit-large-patch14]")
 @click.option("--fid-features", type=click.Choice(["64", "192", "768", "2048"]), default="2048", help="Width of FID.")
 @click.option("--weights", type=PATH, help="Folder of the weights of FID and LPIPS.  [default: torch's cache]")
-@click.option("--batch-size", type=click.IntRange(1), help="Pictures at once.  [default: by their size]")
+@click.option("--batch-size", type=Whole(1), help="Pictures at once.  [default: by their size]")
 @model_options
 @click.option("--keep-images/--no-keep-images", default=True, help="Keep the pictures when they are measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON instead of a table.")

@@ -14,6 +14,7 @@ import click
 
 from slimdiff import outputs
 from slimdiff.errors import SlimdiffError
+from slimdiff.recipe import SIDE_STEP
 from slimdiff.stacking import PACKAGES
 
 PATH = click.Path(path_type=Path)
@@ -33,6 +34,18 @@ class Parsed(click.ParamType):
             return self.parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Whole(click.IntRange):
+    """A whole number within bounds; what is none is called no integer, not "no integer range"."""
+
+    name = "integer"
+
+
+def _pixels(text: str) -> int:
+    if not (text.isdecimal() and int(text) and int(text) % SIDE_STEP == 0):
+        raise ValueError(f"'{text}' is not a side that pictures can have: a multiple of {SIDE_STEP} pixels, as in 512.")
+    return int(text)
 
 
 def _share(text: str) -> float:
@@ -99,6 +112,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 SHARES, GROUPS, SIZES = Parsed("shares", _shares), Parsed("kinds", _kinds), Parsed("sizes", _sizes)
+PIXELS = Parsed("pixels", _pixels)
 METRICS, STACKS = Parsed("metrics", _metrics), Parsed("stacks", _stacks)
 LORA, SHARD = Parsed("file[:scale]", _lora), Parsed("part/parts", _shard)
 
@@ -154,14 +168,19 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def size_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command takes that depends on the size of pictures; without them the model's own counts."""
+    command = click.option("--width", type=PIXELS, help=f"Width of pictures, a multiple of {SIDE_STEP}.")(command)
+    return click.option("--height", type=PIXELS, help=f"Height of pictures, a multiple of {SIDE_STEP}.")(command)
+
+
 def picture_options(command: Callable[..., None]) -> Callable[..., None]:
     """What every command that paints pictures takes; without them the model family's own values count."""
+    command = size_options(command)
     for option in (
-        click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels."),
-        click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels."),
         click.option("--guidance-scale", type=float, help="Classifier-free guidance scale."),
-        click.option("--steps", type=click.IntRange(1), help="Denoising steps of each picture."),
-        click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts only."),
+        click.option("--steps", type=Whole(1), help="Denoising steps of each picture."),
+        click.option("--num-prompts", type=Whole(1), help="Use the first N prompts only."),
         click.option("--column", default="prompt", help="Prompt column of a .csv, .tsv or .jsonl file."),
         click.option("--prompts", type=PATH, help="Prompt file: .txt (one a line), .csv, .tsv or .jsonl."),
     ):

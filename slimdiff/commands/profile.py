@@ -7,16 +7,15 @@ from pathlib import Path
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import GROUPS, PATH, command, model_options, say
+from slimdiff.commands.parameters import GROUPS, PATH, Whole, command, model_options, say, size_options
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--height", type=click.IntRange(8), help="Height of pictures in pixels.")
-@click.option("--width", type=click.IntRange(8), help="Width of pictures in pixels.")
+@size_options
 @click.option(
     "--batch-size",
-    type=click.IntRange(1),
+    type=Whole(1),
     default=1,
     help="Pictures at once; guidance runs the UNet on twice as many rows.",
 )

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from slimdiff.commands.parameters import PATH, command, model_options, say
+from slimdiff.commands.parameters import PATH, Whole, command, model_options, say
 
 
 @click.command()
 @click.option("--from", "pool", type=PATH, required=True, help="Pool: .txt (one prompt a line), .csv, .tsv or .jsonl.")
 @click.option("--column", default="prompt", help="Prompt column of a .csv, .tsv or .jsonl file.")
-@click.option("--select", type=click.IntRange(1), default=500, help="Prompts to choose.")
+@click.option("--select", type=Whole(1), default=500, help="Prompts to choose.")
 @click.option("--model", help="Model whose text encoders read them.  [default: the miniature]")
 @click.option("--config", help="Diffusers folder or hub id that gives a single file its configs.  [default: the hub's]")
 @model_options
