@@ -47,6 +47,11 @@ pytest.importorskip("peft")
 WORDS = ("a cat", "hill", "red", "dogs", "boat", "sun")
 OPTIONS = Options(0.4, influence="local", independent_ranks=True)
 EVERY_RANK = 1000
+BIG = {
+    f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_{side}.weight": shape
+    for side, shape in (("A", (2, 320)), ("B", (320, 2)))
+}
+"""Tensors of a LoRA of a larger model."""
 ALPHA, RANK = 3.0, 2
 
 
@@ -421,6 +426,10 @@ def test_a_converted_file_needs_no_maps(made, slim_folder, tmp_path, named, scal
         ({"unet.mid_block.attentions.0.proj_in.lokr_w1": (4, 4)}, "is no plain LoRA.*lokr_w1"),
         ({"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": (4, 4)}, "is no plain LoRA.*oft_blocks"),
         ({"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora_B.weight": (31, 2)}, "does not fit.*attn2"),
+        ({"x": (1,)}, "holds 1 tensor such as x, none of a LoRA"),
+        ({"transformer.blocks.0.lora_A.weight": (2, 4)}, "holds 1 tensor such as transformer.*none of a LoRA"),
+        ({"unet.nowhere.to_q.lora_A.weight": (2, 4)}, "does not fit.* nowhere.to_q, which is not there.*another model"),
+        (BIG, "does not fit.*attn1.to_q with 320 inputs, and there are 32. It was trained on another model"),
         (None, "cannot be read as a LoRA"),
     ],
 )
@@ -463,6 +472,27 @@ def test_a_lora_merged_before_calibration_is_part_of_the_model(made, model_folde
     (tmp_path / "style.safetensors").unlink()
     out = run("compress", "--budget", 0.3, "--device", "cpu", code=1)
     assert "There is no .safetensors file" in out and "style.safetensors" in out
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"x": (1,)}, "holds 1 tensor such as x, none of a LoRA"),
+        (BIG, r"cannot be merged: it changes \S*attn1.to_q with 320 inputs, and there are 32. .*another"),
+        (
+            {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": (2, 768),
+             "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": (768, 2)},
+            r"cannot be merged: it changes \S*q_proj with 768 inputs, and there are 12. .*trained on another model",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_lora_of_the_model_is_not_merged(model_folder, tmp_path, caplog, tensors, message):
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "lora.safetensors")
+    arguments = ["calibrate", str(model_folder), "--lora", str(tmp_path / "lora.safetensors"), "--device", "cpu"]
+    done = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "s.safetensors")])
+    assert done.exit_code == 1 and re.search(message, done.output.replace("\n", " ")), done.output
+    assert "unsuccessful" not in done.output + caplog.text
+    assert not (tmp_path / "s.safetensors").exists()
 
 
 def test_merging_does_not_depend_on_the_working_precision(made, model_folder, tmp_path):
