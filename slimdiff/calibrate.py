@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
+from slimdiff.files import check_file
 from slimdiff.groups import Group, find_groups
 from slimdiff.guidance import guided
 from slimdiff.inpainting import canvases
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
+from slimdiff.progress import Log
 from slimdiff.recipe import WHOLE, Recipe, Shard
 from slimdiff.source import Source
 from slimdiff.states import recorded
@@ -68,14 +70,14 @@ def collect(
     """Run `recipe` through `pipe`, on the pipeline's device and dtype, and write the statistics file `output`.
 
     With a `shard` only that part of its prompts runs, each from the same seed as in the whole, to be merged later.
-    Without `show` there is no progress bar.
+    Progress is a bar on a terminal and a line a minute elsewhere; without `show` there is none.
 
     A partial file lies beside it meanwhile. Ctrl-C, like SIGTERM, ends the batch at hand and saves; the next call goes
     on from there and ends with the same sums. The batch size changes nothing but rounding.
 
-    Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model,
-    recipe or part, SlimdiffError for a part without prompts, ModelError for a model without groups, Interrupted on
-    Ctrl-C.
+    Raises OutputError if `output` holds another calibration or cannot be written, StatisticsError if a partial file is
+    of another model, recipe or part, SlimdiffError for a part without prompts, ModelError for a model without groups,
+    Interrupted on Ctrl-C.
     """
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
@@ -87,6 +89,7 @@ def collect(
     prompts = statistics.prompts
     if not prompts:
         raise SlimdiffError(f"Part {shard} of {len(recipe.prompts)} prompts is empty; make fewer parts.")
+    check_file(output)
     if not force and is_there(output, statistics):
         return Calibrated(output, len(prompts), 0.0, len(prompts), was_there=True)
     unfinished = output.with_name(output.name + ".partial")
@@ -97,6 +100,7 @@ def collect(
     pipe.scheduler.set_timesteps(recipe.steps)
     calls, shares = len(pipe.scheduler.timesteps), weights(recipe.timestep_weights, pipe.scheduler)
     saved = time.monotonic()
+    log = Log("calibrate", "prompt", len(prompts), first, show)
     with (
         tqdm(total=len(prompts) * calls, initial=first * calls, unit="step", disable=None if show else True,
              desc="calibrate", smoothing=0.05) as bar,
@@ -123,6 +127,7 @@ def collect(
                     f"{pipe.unet.dtype}. Calibrate with --dtype float32, or check the checkpoint."
                 )
             statistics.done = done + len(chosen)
+            log(statistics.done)
             if interrupted() and statistics.done < len(prompts):
                 statistics.write(unfinished)
                 raise Interrupted(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -38,6 +39,25 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """Raises OutputError if no file can be written at `path`: before long work, not after it. Leaves nothing behind."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, and -o names a file here: pick a name inside it.")
+    check_room(path, path.parent)
+
+
+def check_room(output: Path, folder: Path) -> None:
+    """Raises OutputError, which names `output`, if nothing can be written into `folder`, which need not be there yet.
+    Leaves nothing behind."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with TemporaryDirectory(dir=folder, prefix=".slimdiff-"):
+            pass
+    except OSError as error:
+        raise OutputError(f"Cannot write {output}: {error.strerror or error}. Pick another -o.") from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from slimdiff.errors import OutputError, StatisticsError
+from slimdiff.files import check_file
 from slimdiff.gram import Gram
 from slimdiff.patches import Patches
 from slimdiff.recipe import Shard
@@ -35,10 +36,11 @@ def merge(paths: Sequence[Path], output: Path, *, force: bool = False, show: boo
     than the file to be written. Without `show` there is no progress bar.
 
     Raises StatisticsError if the parts are not those of one calibration, each of them once, OutputError if `output`
-    exists and is not to be replaced.
+    exists and is not to be replaced, or cannot be written.
     """
     if output.exists() and not force:
         raise OutputError(f"{output} exists; pass --force to replace it, or -o for another file.")
+    check_file(output)
     parts = sorted((StatisticsFile(path) for path in paths), key=lambda part: part.shard.part)
     _check(parts)
     first, states = parts[0], States()

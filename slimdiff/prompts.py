@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from slimdiff.errors import OutputError, SlimdiffError
-from slimdiff.files import replacing
+from slimdiff.files import check_file, replacing
 
 Array = NDArray[np.float64]
 
@@ -136,11 +136,12 @@ def coverage(x: Array, chosen: Sequence[int] | NDArray[np.int64], ridge: float) 
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Raises OutputError if prompts are not to be written there."""
+    """Raises OutputError if prompts are not to be written there, or cannot be."""
     if path.suffix != ".txt":
         raise OutputError(f"The chosen prompts are written one a line, as .txt; {path} ends in '{path.suffix}'.")
     if path.exists() and not force:
         raise OutputError(f"{path} exists; pass --force to replace it, or -o for another file.")
+    check_file(path)
 
 
 def write(prompts: Sequence[str], path: Path) -> None:

@@ -12,7 +12,7 @@ from slimdiff.commands.parameters import LORA, PATH, SHARD, command, model_optio
 from slimdiff.recipe import SCHEDULERS
 
 
-@click.command()
+@click.command(short_help="Watch the model paint: statistics for compression.")
 @click.argument("model", required=False)
 @picture_options
 @click.option("--scheduler", type=click.Choice(list(SCHEDULERS)), help="Sampler.  [default: the checkpoint's own]")
@@ -59,7 +59,7 @@ def calibrate(
     """
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise click.BadParameter(f"'{batch_size}' is neither auto nor a positive number.", param_hint="--batch-size")
-    from slimdiff import pipeline, ranks, recipe, source
+    from slimdiff import files, pipeline, ranks, recipe, source
     from slimdiff.calibrate import collect
 
     with ranks.launched() as here:
@@ -71,6 +71,7 @@ def calibrate(
         if output is None:
             output = outputs.statistics_path(dense.name)
             output = outputs.part_path(output, *shard) if shard else output
+        files.check_file(output)
         tell = say if here.is_main else lambda text: None
         many = f" x {here.world}" if here.world > 1 else ""
         tell(f"model: {dense.reference}   device: {on}{many}   output: {output}")

@@ -9,7 +9,7 @@ import click
 from slimdiff.commands.parameters import PATH, command, say
 
 
-@click.command()
+@click.command(short_help="Add up the parts of a calibration.")
 @click.argument("parts", type=PATH, nargs=-1, required=True, metavar="PART...")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("-o", "--output", type=PATH, help="The whole.  [default: statistics.safetensors beside the first part]")

@@ -34,6 +34,14 @@ def seconds(time: float, low: float | None = None, high: float | None = None) ->
     return f"{time / unit:.{digits}f} {letters}{spread}"
 
 
+def duration(time: float) -> str:
+    """Seconds of a long job, in two units at most: "45 s", "12 min", "1 h 20 min"."""
+    if time < 59.5:
+        return f"{time:.0f} s"
+    hours, minutes = divmod(round(time / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def count(number: float) -> str:
     """1234567 -> "1.23 M"."""
     for unit, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
