@@ -117,7 +117,7 @@ def load(path: str | Path, torch_dtype: Any = torch.float32, **kwargs: Any) -> D
     """
     slim = checkpoint.load(path, torch_dtype, **kwargs)
     if (Path(path) / outputs.PLAN).exists():  # a pipeline that diffusers saved again has none
-        slim.unet.plan = Plan.from_json(checkpoint.read_plan(path))
+        slim.unet.plan = checkpoint.plan_of(path)
     return slim
 
 

@@ -20,8 +20,9 @@ from transformers import CLIPTextModel, PreTrainedModel
 from slimdiff import original_layout
 from slimdiff.card import readme
 from slimdiff.errors import ModelError, OutputError
-from slimdiff.files import replacing_folder
-from slimdiff.outputs import PLAN
+from slimdiff.files import check_room, replacing_folder
+from slimdiff.outputs import PLAN, slim_inside
+from slimdiff.plan import Plan
 from slimdiff.slim_unet import FORMAT, MODULE, SlimUNet2DConditionModel
 
 # Weights by name: model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, and with a variant
@@ -36,9 +37,11 @@ _OTHER_WEIGHTS = re.compile(r".*\.(bin|ckpt|pt|pth|pkl|pickle|msgpack|h5|onnx|on
 def check_output(output: Path, force: bool = False) -> Path:
     """The folder that a checkpoint for `output` goes to, symbolic links followed.
 
-    Raises OutputError if something is there, unless `force` is set and it is a slim checkpoint.
+    Raises OutputError if something is there, unless `force` is set and it is a slim checkpoint, or nothing can be
+    written beside it.
     """
     folder = Path(output).resolve()
+    check_room(output, folder.parent)
     if not folder.exists():
         return folder
     if not force:
@@ -112,7 +115,10 @@ def load_unet(path: str | Path, torch_dtype: torch.dtype | None = None) -> SlimU
     try:
         return SlimUNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch_dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"The UNet in {folder} cannot be loaded: {error}") from error
+        raise ModelError(
+            f"The UNet in {folder} cannot be loaded: {str(error).rstrip('. ')}. Copy the checkpoint "
+            "anew from where it was made, or compress again with --force."
+        ) from error
 
 
 def is_slim(path: str | Path) -> bool:
@@ -121,6 +127,11 @@ def is_slim(path: str | Path) -> bool:
         return "slim_ranks" in _read_json(Path(path, "unet", "config.json"))
     except (OSError, ValueError):
         return False
+
+
+def plan_of(path: str | Path) -> Plan:
+    """The plan a slim checkpoint was made by. Raises ModelError if there is none, SlimdiffError if it is damaged."""
+    return Plan.from_json(read_plan(path), Path(path) / PLAN)
 
 
 def read_plan(path: str | Path) -> str:
@@ -148,6 +159,13 @@ def _check_slim(folder: Path) -> None:
         raise ModelError(
             f"{folder} is not a folder. Give the folder of a slim checkpoint; one on the Hugging Face Hub loads with "
             "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)."
+        )
+    if not (folder / "model_index.json").exists():
+        inside = [str(path) for path in slim_inside(folder)]
+        which = f"It holds some: pass {' or '.join(inside)}." if inside else "It holds none either."
+        raise ModelError(
+            f"{folder} is not a slim checkpoint, a folder that 'slimdiff compress' wrote: it has no model_index.json. "
+            f"{which}"
         )
     try:
         _read_json(folder / "model_index.json")

@@ -9,8 +9,10 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -66,6 +68,8 @@ def export_file(slim: Path, output: Path, force: bool = False) -> None:
         raise OutputError(f"{output} is to be a single file: give it a name that ends in .safetensors.")
     if output.exists() and not (force and output.is_file()):
         raise OutputError(f"{output} exists. Choose another name, or pass --force to replace a file.")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipe = load(slim, _dtype(slim))
     pipe.unet = padded(pipe.unet)
     with replacing(output) as temporary:

@@ -21,15 +21,20 @@ def look(path: Path) -> StatisticsView | PlanView:
 
     Raises SlimdiffError if it is none of them, or damaged.
     """
+    if not path.exists():
+        raise SlimdiffError(
+            f"There is no file or folder {path}. Pass a file of 'slimdiff calibrate', a folder of 'slimdiff compress', "
+            "or its plan.json."
+        )
     if path.is_dir():
-        return PlanView(Plan.from_json(checkpoint.read_plan(path)))
+        return PlanView(checkpoint.plan_of(path))
     if path.suffix != ".json":
         return _statistics(StatisticsFile(path))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SlimdiffError(f"{path} cannot be read ({error}).") from error
-    return PlanView(Plan.from_json(text))
+    return PlanView(Plan.from_json(text, path))
 
 
 def _statistics(file: StatisticsFile) -> StatisticsView:

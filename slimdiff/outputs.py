@@ -57,6 +57,17 @@ def evaluation_path(slim: Path) -> Path:
     return slim.parent / f"eval-{slim.name.removeprefix('slim-')}"
 
 
+def slim_inside(folder: Path) -> list[Path]:
+    """The slim checkpoints that lie in a folder."""
+    return sorted(plan.parent.parent for plan in folder.glob(f"*/{PLAN.as_posix()}"))
+
+
+def statistics_near(folder: Path) -> Path | None:
+    """The statistics in a folder, or beside it if it is a slim checkpoint, if they are there."""
+    where = folder.parent if (folder / PLAN).exists() else folder
+    return path if (path := where / "statistics.safetensors").is_file() else None
+
+
 def newest_statistics() -> Path:
     return _newest(ROOT.glob("*/statistics.safetensors"), "statistics file", "slimdiff calibrate")
 

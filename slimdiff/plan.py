@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from slimdiff.errors import ModelError, SlimdiffError
+from slimdiff.report.wording import percent
 
 FORMAT = 1
+
+NOTICEABLE = 1.05
+"""How many times its lower bound a predicted drift is, before the bound is worth a word."""
 
 
 def short(number: float) -> str:
@@ -86,12 +91,12 @@ class Plan:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Raises SlimdiffError if the text is not a plan, or one of a newer slimdiff."""
+    def from_json(text: str, path: Path | None = None) -> Plan:
+        """Raises SlimdiffError if the text, of the file `path`, is not a plan, or one of a newer slimdiff."""
         try:
             data = json.loads(text)
             if data.pop("format") > FORMAT:
-                raise SlimdiffError("The plan was written by a newer slimdiff; upgrade.")
+                raise SlimdiffError(f"{path or 'The plan'} was written by a newer slimdiff; upgrade.")
             entries = tuple(
                 Entry(**{**entry, "params": tuple(entry["params"]), "macs": tuple(entry["macs"])})
                 for entry in data.pop("entries")
@@ -101,7 +106,10 @@ class Plan:
             latency = forecast and Forecast(tuple(forecast["seconds"]), dict(forecast["conditions"]))
             return Plan(entries=entries, latency=latency, **data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SlimdiffError(f"This is not a plan of slimdiff ({type(error).__name__}: {error}).") from error
+            raise SlimdiffError(
+                f"{path or 'This'} is not a plan of slimdiff, or a damaged one ({type(error).__name__}: {error}). Copy "
+                "the slim checkpoint that it belongs to anew, or compress again."
+            ) from error
 
     def table(self) -> str:
         """The plan for people: a line per group, then the totals."""
@@ -112,8 +120,8 @@ class Plan:
             width = f"{e.width} -> {e.rank}" if e.rank < e.width else f"{e.width}"
             params = f"{e.params[0]:,} -> {e.params[1]:,}" if e.rank < e.width else f"{e.params[0]:,}"
             share = (e.params[0] - e.params[1]) / saved
-            final = "-" if e.final_error is None else f"{e.final_error:.1e}"
-            lines.append(f"{e.group:{name}}  {width:>11}  {params:>23}  {e.local_error:8.1e}  {final:>8}  {share:8.1%}")
+            local, final = percent(e.local_error), "-" if e.final_error is None else percent(e.final_error)
+            lines.append(f"{e.group:{name}}  {width:>11}  {params:>23}  {local:>8}  {final:>8}  {share:8.1%}")
         return "\n".join([*lines, "", *self.summary()])
 
     def summary(self) -> list[str]:
@@ -138,8 +146,7 @@ class Plan:
                 f"{self.latency.conditions['device']}"
             )
         if self.predicted_error is not None:
-            lines.append(
-                f"predicted error        {self.predicted_error:.2e} of the final latents (no choice of widths below "
-                f"{self.lower_bound:.2e})"
-            )
+            drift = f"predicted drift        {percent(self.predicted_error)} of the final latents"
+            apart = self.lower_bound is not None and self.predicted_error > NOTICEABLE * self.lower_bound
+            lines.append(f"{drift} (no choice of widths below {percent(self.lower_bound)})" if apart else drift)
         return lines

@@ -51,7 +51,7 @@ def package(slim: Path, repo: str, report: Path | None = None, licence: str | No
     """
     _check_name(repo)
     text = read_plan(slim)
-    plan = Plan.from_json(text)
+    plan = Plan.from_json(text, slim / PLAN)
     config = json.loads((slim / "unet" / "config.json").read_text(encoding="utf-8"))
     model = plan.provenance["model"]
     base = model if model.count("/") == 1 and not Path(model).exists() else None

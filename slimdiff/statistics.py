@@ -26,6 +26,7 @@ from torch import Tensor
 from slimdiff.errors import StatisticsError
 from slimdiff.files import replacing
 from slimdiff.gram import Gram, Moments
+from slimdiff.outputs import statistics_near
 from slimdiff.patches import Patches, PatchMoments
 from slimdiff.recipe import WHOLE, Recipe, Shard
 from slimdiff.states import States
@@ -109,6 +110,10 @@ class StatisticsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir():
+            near = statistics_near(path)
+            way = f"Pass {near}." if near else "Pass the file that 'slimdiff calibrate' wrote."
+            raise StatisticsError(f"{path} is a folder, and this takes a statistics file. {way}")
         if not path.is_file():
             raise StatisticsError(f"There is no statistics file {path}. Run 'slimdiff calibrate' first.")
         try:

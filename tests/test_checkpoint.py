@@ -410,7 +410,7 @@ def test_what_is_no_slim_checkpoint_is_refused_with_advice(tmp_path, source, wri
     wrong = newer | {"slim_format": 1, "slim_ranks": RANKS | {f"{BLOCK}.ff.ffn": 23}}
     cases = {
         tmp_path / "absent": "is not a folder.*Hub loads with",
-        tmp_path: "not a complete pipeline folder.*model_index.json",
+        tmp_path: "not a slim checkpoint.*no model_index.json",
         source: "is not a slim checkpoint: its UNet is a UNet2DConditionModel. Load it with DiffusionPipeline",
         broken("json", "unet/config.json", "{"): "not a complete pipeline folder",
         broken("list", "model_index.json", "[]"): "not a complete pipeline folder.*does not hold a JSON object",

@@ -56,7 +56,7 @@ def test_statistics_without_probing(made, tmp_path):
 def test_a_checkpoint_and_its_plan_are_the_same(made):
     out = run("inspect", made / "slim")
     assert out == run("inspect", made / "slim/slimdiff/plan.json")
-    assert "of widths kept" in out and "conv_out" in out and "predicted error" in out
+    assert "of widths kept" in out and "conv_out" in out and "predicted drift" in out
     data = json.loads(run("inspect", made / "slim", "--json"))
     assert data.pop("what") == "plan" and data == json.loads((made / "slim/slimdiff/plan.json").read_text())
 

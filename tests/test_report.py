@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from slimdiff.macs import Macs
-from slimdiff.measured import Fidelity, Picture, Settings, Size, Spread, Timing
+from slimdiff.measured import Fidelity, Picture, Settings, Size, Spread, Timing, quantile
 from slimdiff.plan import Entry, Plan
 from slimdiff.report import document, page, sheet, svg, wording
 from slimdiff.report.results import Report
@@ -169,6 +169,33 @@ def test_a_plan_of_local_errors_predicts_no_drift() -> None:
     local = replace(report, plan=replace(report.plan, predicted_error=None))
     assert "plan predicted a drift of 3.1%" in report.table() and "plan predicted" not in local.table()
     assert local.to_json()["picture"]["predicted_drift"] is None
+
+
+def test_the_plan_predicts_a_drift_in_percent_and_its_bound_where_it_is_worth_a_word() -> None:
+    plan = replace(make_report().plan, predicted_error=4.91e-6, lower_bound=4.91e-6)
+    assert plan.summary()[-1] == "predicted drift        0.00049% of the final latents"
+    apart = replace(plan, lower_bound=1e-6).summary()[-1]
+    assert apart.endswith("0.00049% of the final latents (no choice of widths below 0.00010%)")
+    assert replace(plan, predicted_error=0.0, lower_bound=0.0).summary()[-1].endswith("0% of the final latents")
+    assert " 10%  " in plan.table() and " 1.2%  " in plan.table() and "e-" not in plan.table()
+
+
+def test_a_drift_far_above_the_predicted_one_is_said_at_once() -> None:
+    report = make_report()
+    typical = quantile(report.fidelity.drift, 0.5)
+    for foreseen in (None, 0.0, typical / 9):
+        trusted = replace(report, plan=replace(report.plan, predicted_error=foreseen))
+        assert "far above" not in trusted.table() + page.html(trusted)
+    doubted = replace(report, plan=replace(report.plan, predicted_error=typical / 11))
+    assert doubted.table().splitlines()[1].startswith("That is far above what the plan predicted (1.9%): calibrate on")
+    assert "far above what the plan predicted" in page.html(doubted)
+
+
+def test_a_speed_up_of_few_timings_is_told_as_one() -> None:
+    report = make_report()
+    assert "(1.23x as fast, few timings)" in report.table()
+    enough = tuple(replace(timing, pairs=10) for timing in report.speed)
+    assert "(1.23x as fast)" in replace(report, speed=enough).table()
 
 
 def test_terminal_table_is_aligned() -> None:

@@ -82,7 +82,7 @@ def cards(report: Report) -> str:
 
 def measurements(report: Report) -> str:
     attributes, stacks = report.attribute_rows(), report.stack_rows()
-    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes())
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (*report.doubts(), *report.notes()))
     return (
         f'<div class="speed">{table(report.speed_rows())}</div>{table(stacks) if stacks else ""}<div class="halves">'
         f"<div>{table(report.size_rows())}</div><div>{table(report.fidelity_rows())}</div>"

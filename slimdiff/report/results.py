@@ -26,6 +26,12 @@ from slimdiff.report.wording import Row, change, columns, decibels, factor, perc
 
 FORMAT = 1
 
+MANY = 10
+"""Pairs of pictures from which on a speed-up is told without a reservation."""
+
+FAR_ABOVE = 10
+"""How many times the predicted drift a measured one is, before the statistics are to blame."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -47,6 +53,7 @@ class Report:
         picture, drift = self.speed[-1], self.fidelity.drift
         times = f"{seconds(picture.slim.median)} instead of {seconds(picture.dense.median)}"
         speed = f"{factor(picture.speedup.median)} as fast" if picture.is_clear else "no clear difference"
+        speed += ", few timings" if picture.pairs < MANY else ""
         typical, worst = quantile(drift, 0.5), quantile(drift, 1)
         return [
             ("The UNet has ", ""),
@@ -61,6 +68,13 @@ class Report:
                       (" at worst.", "")]
             ),
         ]  # fmt: skip
+
+    def doubts(self) -> list[str]:
+        """What is wrong with the outcome as a whole, and what to do about it."""
+        drift, foreseen = quantile(self.fidelity.drift, 0.5), self.plan.predicted_error
+        if not foreseen or drift <= FAR_ABOVE * foreseen:
+            return []
+        return [f"That is far above what the plan predicted ({percent(foreseen)}): calibrate on more prompts or steps."]
 
     def size_rows(self) -> list[Row]:
         size = self.size
@@ -208,9 +222,8 @@ class Report:
         pictures = [(*row[:-1], row[-1].ljust(width)) for row in pictures]  # prompts to the left, unlike figures
         measured = [self.size_rows(), self.speed_rows(), self.fidelity_rows(), self.attribute_rows(), self.stack_rows()]
         sentence = "".join(text for text, _ in self.headline())
-        return "\n\n".join(
-            [sentence, *(columns(rows) for rows in (*measured, pictures) if len(rows) > 1), "\n".join(self.notes())]
-        )
+        tables = [columns(rows) for rows in (*measured, pictures) if len(rows) > 1]
+        return "\n\n".join(["\n".join([sentence, *self.doubts()]), *tables, "\n".join(self.notes())])
 
     def to_json(self) -> dict[str, Any]:
         """Valid JSON: what is infinite or undefined is null (the PSNR of identical pictures)."""
