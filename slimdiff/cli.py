@@ -29,14 +29,7 @@ def main() -> None:
     slimdiff compress --budget 0.35     remove 35% of attention and feed-forward parameters in closed form
     slimdiff bench                      dense against slim: speed, memory, size, and how far the pictures moved
 
-    \b
-    slimdiff prompts --from POOL ...    few prompts out of many, to calibrate on
-    slimdiff merge PART...              parts of a calibration that several machines ran, added up
-    slimdiff inspect PATH               what is in a statistics file, a plan or a slim checkpoint
-    slimdiff compare RUN RUN ...        several benchmarks: quality against speed
-    slimdiff eval                       CLIP score, FID and LPIPS of dense and slim, as papers measure them
-
-    The first three, typed one after the other in any folder, pick up what the one before left in ./slimdiff-out.
+    These three, typed one after the other in any folder, pick up what the one before left in ./slimdiff-out.
     Without a MODEL they run on a miniature Stable Diffusion that comes with slimdiff. MODEL is a hub id (owner/name), a
     diffusers folder, or a .safetensors file, of Stable Diffusion 1.x, 2.x or SDXL.
     """

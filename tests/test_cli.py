@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +58,8 @@ def test_the_three_commands_chain(here, model_folder):
     assert "statistics: slimdiff-out/tiny/statistics.safetensors" in out and "achieved 35" in out
     out = run("bench", "--num-prompts", 2, "--repeats", 3, "--batch-sizes", 1, "--device", "cpu")
     assert "slim checkpoint: slimdiff-out/tiny/slim-0.35" in out
+    assert "report: slimdiff-out/tiny/bench-0.35/report.html\n" in out
+    assert "pictures: slimdiff-out/tiny/bench-0.35/pictures.png\n" in out
     assert {p.name for p in (here / "slimdiff-out/tiny/bench-0.35").iterdir()} == {
         "pictures.png", "report.html", "report.json",
     }  # fmt: skip
@@ -76,6 +80,7 @@ def test_budget_zero_writes_a_model_that_paints_the_same(statistics, model_folde
 def test_dry_run_prints_the_plan_and_writes_nothing(statistics):
     before = sorted(statistics.parent.iterdir())
     out = compress(statistics, "--dry-run")
+    assert out.count("warning: the statistics come from 2 prompts.") == 1
     assert "mid_block.attentions.0.transformer_blocks.0.attn1.qk" in out and "achieved" in out
     assert sorted(statistics.parent.iterdir()) == before
 
@@ -211,10 +216,30 @@ def test_several_budgets_are_checked_before_any_is_begun(statistics, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_unwritable_output(statistics, here):
-    Path("file").write_text("")
-    assert "file" in compress(statistics, "-o", "file/slim", code=1)
-    assert Path("file").read_text() == ""
+@pytest.mark.parametrize("command", ["calibrate", "compress", "bench", "eval", "profile", "prompts", "merge"])
+def test_unwritable_outputs_are_found_before_the_work(statistics, model_folder, here, monkeypatch, command):
+    """No model is even loaded; nothing is left behind."""
+    for function in ("slimdiff.pipeline.load", "slimdiff.pipeline.load_text", "slimdiff.pairs.load"):
+        monkeypatch.setattr(function, lambda *_, **__: pytest.fail("a model is loaded"))
+    Path("file").write_text("a cat")
+    Path("p.txt").write_text("a cat")
+    arguments = {
+        "calibrate": [model_folder], "compress": [statistics], "bench": [], "eval": [],
+        "profile": [model_folder], "prompts": ["--from", "p.txt", "--select", 1], "merge": [statistics],
+    }[command]  # fmt: skip
+    if command in ("bench", "eval"):
+        monkeypatch.setattr("slimdiff.outputs.newest_slim", lambda: here / "slim")
+        made = {"family": "demo", "steps": 2, "guidance_scale": 4, "height": 48, "width": 48}
+        plan = SimpleNamespace(provenance={"recipe": made})
+        monkeypatch.setattr("slimdiff.checkpoint.plan_of", lambda path: plan)
+    before = contents(here)
+    out = run(command, *arguments, "-o", "file/out/a.txt", code=1)
+    assert "Cannot write file/out/a.txt" in out and "-o" in out
+    assert contents(here) == before
+
+
+def test_an_output_that_is_a_folder(model_folder, here):
+    assert "is a folder, and -o names a file" in run("calibrate", model_folder, *QUICK, "-o", here, code=1)
 
 
 def test_a_full_disk_leaves_nothing(statistics, tmp_path, monkeypatch):
@@ -233,6 +258,21 @@ def test_cuda_where_there_is_none(model_folder, monkeypatch):
     assert "no CUDA device" in run("calibrate", model_folder, "--device", "cuda", code=1)
 
 
+@pytest.mark.parametrize("name", ["calibrate", "compress", "bench", "eval", "profile", "prompts"])
+def test_advice_where_the_gpu_is_out_of_memory_names_options_that_are_there(monkeypatch, here, name):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    for function in ("source.find", "statistics.StatisticsFile.__init__", "outputs.newest_slim", "recipe.read_prompts"):
+        monkeypatch.setattr(f"slimdiff.{function}", full)
+    more = {"compress": ["s.safetensors"], "prompts": ["--from", "p.txt", "-o", "q.txt"]}.get(name, [])
+    out = run(name, *more, code=1)
+    options = set(re.findall(r"--[a-z-]+", out))
+    assert "out of memory" in out and "--device" in options
+    assert options <= {option for parameter in main.commands[name].params for option in parameter.opts}
+    assert ("--probe-prompts" in options) == (name == "compress")
+
+
 def test_nothing_to_pick_up(here):
     assert "slimdiff calibrate" in run("compress", code=1)
     assert "slimdiff compress" in run("bench", code=1)
@@ -240,6 +280,38 @@ def test_nothing_to_pick_up(here):
 
 def test_bench_of_a_folder_that_is_not_slim(model_folder, here):
     assert "slim" in run("bench", model_folder, code=1)
+
+
+def test_paths_of_another_kind_are_named_with_the_right_one(statistics, tmp_path):
+    shutil.copy(statistics, tmp_path / "statistics.safetensors")
+    compress(tmp_path / "statistics.safetensors")
+    for folder in (tmp_path, tmp_path / "slim-0.35"):
+        out = compress(folder, code=1)
+        assert f"{folder} is a folder" in out and f"Pass {tmp_path / 'statistics.safetensors'}." in out
+    for command in ("bench", "inspect"):
+        out = run(command, tmp_path, code=1)
+        assert "is not a slim checkpoint" in out and f"pass {tmp_path / 'slim-0.35'}." in out
+    (tmp_path / "empty").mkdir()
+    assert "calibrate" in compress(tmp_path / "empty", code=1)
+    assert "holds none" in run("inspect", tmp_path / "empty", code=1)
+    assert f"no file or folder {tmp_path / 'nothing'}" in run("inspect", tmp_path / "nothing", code=1)
+
+
+def test_damaged_checkpoints_are_named_with_a_remedy(statistics, tmp_path, here):
+    compress(statistics, "-o", tmp_path / "slim")
+    weights, plan = tmp_path / "slim/unet/diffusion_pytorch_model.safetensors", tmp_path / "slim/slimdiff/plan.json"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    out = run("lora", "any.safetensors", "--model", tmp_path / "slim", "-o", "out.safetensors", code=1)
+    assert str(tmp_path / "slim") in out and "Copy the checkpoint anew" in out
+    plan.write_text(plan.read_text()[:-100])
+    for command, path in (("inspect", tmp_path / "slim"), ("inspect", plan), ("bench", tmp_path / "slim")):
+        out = run(command, path, code=1)
+        assert f"{plan} is not a plan" in out and "compress again" in out
+
+
+def test_the_list_of_commands_is_not_cut_short():
+    listed = run("--help").partition("Commands:")[2]
+    assert "..." not in listed and all(name in listed for name in main.commands)
 
 
 def test_every_option_has_help():

@@ -287,7 +287,10 @@ def test_profile_compress_and_bench_go_together(flops, model_folder, tmp_path, m
     monkeypatch.setattr(timing, "SHORTEST", 1e-3)
     file = tmp_path / "s.safetensors"
     run("calibrate", model_folder, "--num-prompts", 2, "--steps", 2, "--device", "cpu", "-o", file)
-    assert "6 distinct layers" in run("profile", model_folder, "--device", "cpu", "-o", tmp_path / "given.json")
+    out = run("profile", model_folder, "--device", "cpu", "-o", tmp_path / "given.json")
+    assert "6 distinct layers" in out
+    assert f"next: slimdiff compress --speedup 1.2 --latency {tmp_path / 'given.json'}\n" in out
+    assert "--speedup 1.2\n" in run("profile", model_folder, "--device", "cpu")
     out = run("compress", file, "--speedup", 1.1, *QUICK, "--latency", tmp_path / "given.json")
     assert "1.1" in out and "x as fast, in float32 at 2 rows" in out and "latency.json" not in out
     assert "There is no" in run("compress", file, "--speedup", 1.1, "--budget-of", "latency", *QUICK, "--force")

@@ -95,9 +95,10 @@ def test_prompts_of_several_lines_stay_one(tmp_path):
 def test_the_command(tmp_path: Path):
     (tmp_path / "pool.jsonl").write_text("\n".join(json.dumps({"text": prompt}) for prompt in POOL))
     (tmp_path / "empty.txt").write_text("\n")
-    arguments = ("prompts", "--from", tmp_path / "pool.jsonl", "--column", "text", "--device", "cpu")
+    arguments = ("prompts", "--from", tmp_path / "pool.jsonl", "--column", "text", "--device", "cpu", "--model", "demo")
     table = run(*arguments, "--select", 3, "-o", tmp_path / "p.txt")
     assert "3 of 20 different prompts" in table and "random" in table
+    assert f"next: slimdiff calibrate demo --prompts {tmp_path / 'p.txt'}\n" in table
     out = run(*arguments, "--select", 3, "--json", "--force", "-o", tmp_path / "p.txt")
     data = json.loads(out[out.index("{") : out.rindex("}") + 1])
     assert tuple(data["prompts"]) == read_prompts(tmp_path / "p.txt")
@@ -105,3 +106,19 @@ def test_the_command(tmp_path: Path):
     assert "lower --select" in run(*arguments, "-o", tmp_path / "q.txt", code=1)
     assert "holds no prompt" in run("prompts", "--from", tmp_path / "empty.txt", "-o", tmp_path / "q.txt", code=1)
     assert not (tmp_path / "q.txt").exists()
+
+
+def test_real_prompts_are_not_read_by_the_miniature_unasked(tmp_path: Path, monkeypatch, model_folder):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text("\n".join(POOL))
+    Path("shapes.txt").write_text("\n".join(read_prompts(folder() / "prompts-demo.txt")[:6]))
+    quick = ("--num-prompts", 1, "--steps", 1, "--device", "cpu")
+    choosing = ("--select", 2, "--force", "--device", "cpu", "-o", "p.txt")
+    assert "--model" in run("prompts", "--from", "pool.txt", *choosing, code=1)
+    run("calibrate", *quick)
+    assert "--model" in run("prompts", "--from", "pool.txt", *choosing, code=1)
+    assert "next: slimdiff calibrate --prompts p.txt\n" in run("prompts", "--from", "shapes.txt", *choosing)
+    run("calibrate", model_folder, *quick)
+    out = run("prompts", "--from", "pool.txt", *choosing)
+    assert f"model: {model_folder}, as in slimdiff-out/tiny/statistics.safetensors" in out
+    assert f"next: slimdiff calibrate {model_folder} --prompts p.txt\n" in out and "embeddings of 12" in out

@@ -21,7 +21,7 @@ from slimdiff.commands.parameters import (
 )
 
 
-@click.command()
+@click.command(short_help="Measure dense against slim: speed, memory, size, drift.")
 @click.argument("slim", required=False, type=PATH)
 @click.option("--dense", help="Dense model.  [default: the one the slim checkpoint was made from]")
 @picture_options
@@ -63,18 +63,22 @@ def bench(
 
     from slimdiff import checkpoint, pairs, recipe, source
     from slimdiff.bench import Settings, measure
-    from slimdiff.plan import Plan
-    from slimdiff.report import page
+    from slimdiff.files import check_room
+    from slimdiff.report import page, sheet
 
     slim = slim or newest_slim()
-    plan = Plan.from_json(checkpoint.read_plan(slim))
+    plan = checkpoint.plan_of(slim)
     made = plan.provenance["recipe"]
     texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
     texts = texts[:num_prompts]
+    output = output or outputs.report_path(slim)
+    check_room(output, output)
     dense_pipe, slim_pipe, found = pairs.load(slim, plan, dense, device=device, dtype=dtype, variant=variant)
     settings = Settings.like(made, texts, seed=seed, batch_sizes=batch_sizes, repeats=repeats, stacks=stacks, **changes)
     sizes = source.unet_bytes(found), checkpoint.size_in_bytes(slim)
     result = measure(dense_pipe, slim_pipe, plan, settings, sizes=sizes)
-    json_path, html_path = page.write(result, output or outputs.report_path(slim))
+    json_path, html_path = page.write(result, output)
     click.echo(json.dumps(result.to_json(), indent=1) if as_json else result.table())
-    say(f"report: {json_path}\npictures: {html_path}")
+    say(f"report: {html_path}\ndata: {json_path}")
+    if result.pictures:
+        say(f"pictures: {output / sheet.FILE}")

@@ -9,7 +9,7 @@ import click
 from slimdiff.commands.parameters import PATH, command, say
 
 
-@click.command()
+@click.command(short_help="Put several benchmarks side by side.")
 @click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option("-o", "--output", type=PATH, help="Folder for compare.html, with plots, and compare.json.")

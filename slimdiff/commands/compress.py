@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from slimdiff import outputs
 from slimdiff.commands.parameters import GROUPS, PATH, SHARES, Whole, command, model_options, say
 from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
 
+FEW = 32
+"""Prompts of a calibration below which compressing warns."""
 
-@click.command()
+
+@click.command(short_help="Remove a share of the UNet in closed form.")
 @click.argument("statistics", required=False, type=PATH)
 @click.option(
     "--budget",
@@ -80,7 +84,11 @@ from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
     help="Rank of the maps in the checkpoint that make LoRAs of the dense model fit; 0 leaves them out.",
 )
 @click.option("--model", help="Dense model.  [default: the one the statistics were made from]")
-@model_options
+@partial(
+    model_options,
+    dtype="Dtype to write, and to time layers in; auto writes that of the dense weights, and times in float16 on CUDA, "
+    "float32 on the CPU.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, group by group, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace an existing slim checkpoint.")
 @click.option(
@@ -133,6 +141,11 @@ def compress(
         budgets = (share_of(speedup),)
         options = Options(budgets[0], "latency", **choices)
         amounts = [f"{speedup:g}x"]
+    if file.done < FEW:
+        say(
+            f"warning: the statistics come from {file.done} prompts. Below {FEW} pictures drift clearly more (see How "
+            "many prompts are enough in docs/quality.md): calibrate on more."
+        )
     folders = outputs.slim_paths(statistics, amounts, options.method, output)
     for folder in () if dry_run else folders:
         checkpoint.check_output(folder, force)

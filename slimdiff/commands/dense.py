@@ -9,7 +9,7 @@ import click
 from slimdiff.commands.parameters import PATH, command, newest_slim
 
 
-@click.command()
+@click.command(short_help="Fill a slim checkpoint up to dense shapes.")
 @click.argument("slim", required=False, type=PATH)
 @click.option(
     "--single-file", is_flag=True, help="Write one file in the original layout, as A1111 and ComfyUI load it."

@@ -12,7 +12,7 @@ from slimdiff.commands.parameters import METRICS, PATH, Whole, command, model_op
 from slimdiff.recipe import SCHEDULERS
 
 
-@click.command("eval")
+@click.command("eval", short_help="Score the pictures: CLIP score, FID and LPIPS.")
 @click.argument("dense", required=False)
 @click.argument("slim", required=False, type=PATH)
 @click.option("--metrics", type=METRICS, default="clip,fid,lpips", help="Which to measure.")
@@ -65,17 +65,19 @@ def evaluate(
     import json
 
     from slimdiff import checkpoint, evaluation, pairs, pipeline, recipe
+    from slimdiff.files import check_room
     from slimdiff.measured import Settings
     from slimdiff.metrics import choice, clip
-    from slimdiff.plan import Plan
 
     if slim is None and dense is not None and checkpoint.is_slim(dense):
         slim, dense = Path(dense), None
     slim = slim or newest_slim()
-    plan = Plan.from_json(checkpoint.read_plan(slim))
+    plan = checkpoint.plan_of(slim)
     made = plan.provenance["recipe"]
     texts = recipe.bench_prompts(made["family"]) if prompts is None else recipe.read_prompts(prompts, column)
     settings = Settings.like(made, texts[:num_prompts], steps=steps or evaluation.STEPS, **changes)
+    folder = output or outputs.evaluation_path(slim)
+    check_room(folder, folder)
     loaded = choice.load(
         metrics,
         clip_model=clip_model or clip.MODEL,
@@ -86,7 +88,6 @@ def evaluate(
     pipes = pairs.load(slim, plan, dense, device=device, dtype=dtype, variant=variant)[:2]
     for pipe in pipes:
         pipeline.use_scheduler(pipe, scheduler)
-    folder = output or outputs.evaluation_path(slim)
     found = evaluation.evaluate(
         *pipes, plan, settings, loaded, folder, side=size, batch_size=batch_size, keep=keep_images
     )

@@ -9,7 +9,7 @@ import click
 from slimdiff.commands.parameters import PATH, command, say
 
 
-@click.command()
+@click.command(short_help="Show what is in statistics, a plan or a checkpoint.")
 @click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("-o", "--output", type=PATH, help="Folder for inspect.html, with plots, and inspect.json.")

@@ -9,7 +9,7 @@ import click
 from slimdiff.commands.parameters import PATH, command, newest_slim
 
 
-@click.command()
+@click.command(short_help="Convert a LoRA of the dense model for the slim one.")
 @click.argument("lora", type=PATH)
 @click.option("--model", "slim", type=PATH, help="Slim checkpoint.  [default: the newest under ./slimdiff-out]")
 @click.option("--force", is_flag=True, help="Replace an existing file.")

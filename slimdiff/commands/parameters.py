@@ -23,6 +23,16 @@ METRIC_NAMES = ("clip", "fid", "lpips")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
+LIGHTER = {
+    "--batch-size": "a smaller --batch-size",
+    "--batch-sizes": "smaller --batch-sizes",
+    "--probe-prompts": "--probe-prompts 4; float16 weights, --variant fp16; smaller pictures when calibrating",
+    "--height": "smaller pictures, --height and --width",
+    "--device": "--device cpu",
+}
+"""What makes a command take less memory, by the option that says that it can."""
+
+
 class Parsed(click.ParamType):
     """A value read by a function whose ValueError is what the user is told."""
 
@@ -148,19 +158,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":
                 raise
-            raise click.ClickException("The GPU is out of memory. Lower --batch-size, or use --device cpu.") from error
+            taken = {name for option in click.get_current_context().command.params for name in option.opts}
+            ways = [way for name, way in LIGHTER.items() if name in taken]
+            raise click.ClickException(f"The GPU is out of memory. What helps: {'; '.join(ways)}.") from error
 
     return run
 
 
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What every command that runs a model takes."""
+def model_options(
+    command: Callable[..., None], dtype: str = "Dtype to run in; auto is float16 on CUDA, float32 on the CPU."
+) -> Callable[..., None]:
+    """What every command that runs a model takes; `dtype` is the help of that option."""
     for option in (
         click.option(
-            "--dtype", type=click.Choice(DTYPES), default="auto",
-            help="Dtype to run in, and of what compress writes; auto runs float16 on CUDA, float32 on the CPU, and "
-            "writes the dtype of the dense weights."
-        ),
+            "--dtype", type=click.Choice(DTYPES), default="auto", help=dtype),
         click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto prefers CUDA."),
         click.option("--variant", help="Variant of the dense model's weights, such as fp16."),
     ):  # fmt: skip

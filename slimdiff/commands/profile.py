@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from slimdiff import outputs
 from slimdiff.commands.parameters import GROUPS, PATH, Whole, command, model_options, say, size_options
 
 
-@click.command()
+@click.command(short_help="Time layers at many widths, for budgets in time.")
 @click.argument("model", required=False)
 @size_options
 @click.option(
@@ -20,7 +21,11 @@ from slimdiff.commands.parameters import GROUPS, PATH, Whole, command, model_opt
     help="Pictures at once; guidance runs the UNet on twice as many rows.",
 )
 @click.option(
-    "--groups", "kinds", type=GROUPS, default="qk,vo,ffn", help="Kinds to cut: query-key, value-output, feed-forward."
+    "--groups",
+    "kinds",
+    type=GROUPS,
+    default="qk,vo,ffn",
+    help="Kinds to cut: query-key, value-output, feed-forward; and resnet, the channels inside ResNet blocks.",
 )
 @click.option("--independent-ranks", is_flag=True, help="Time query-key and value-output widths apart.")
 @model_options
@@ -46,6 +51,7 @@ def profile(
     batch size, or on another machine than the one that compresses, and give the table to 'compress --latency'.
     """
     from slimdiff import pipeline, recipe, source
+    from slimdiff.files import check_file
     from slimdiff.groups import find_groups
     from slimdiff.options import Options
     from slimdiff.profile import conditions_of
@@ -56,7 +62,9 @@ def profile(
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
     dense = source.find(model, variant=variant, config=config)
-    output = output or outputs.latency_path(outputs.statistics_path(dense.name).parent)
+    found_there = outputs.latency_path(outputs.statistics_path(dense.name).parent)
+    output = output or found_there
+    check_file(output)
     pipe = pipeline.load(dense, in_dtype).to(on)
     job = recipe.family_recipe(
         pipeline.family(pipe, dense), pipeline.native_size(pipe), num_prompts=1, height=height, width=width
@@ -71,4 +79,5 @@ def profile(
     table.write(output)
     points = sum(len(curve.widths) for curve in table.curves.values())
     click.echo(f"{output}: {len(table.curves)} distinct layers at {points} widths, UNet call {seconds(table.call)}")
-    say("next: slimdiff compress --speedup 1.2")
+    given = "" if output.resolve() == found_there.resolve() else f" --latency {shlex.quote(str(output))}"
+    say(f"next: slimdiff compress --speedup 1.2{given}")

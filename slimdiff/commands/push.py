@@ -9,7 +9,7 @@ import click
 from slimdiff.commands.parameters import PATH, command, say
 
 
-@click.command()
+@click.command(short_help="Publish a slim checkpoint on the Hugging Face Hub.")
 @click.argument("slim", type=PATH)
 @click.argument("repo")
 @click.option("--report", type=PATH, help="Report of 'slimdiff bench' for the card.  [default: the one beside SLIM]")
