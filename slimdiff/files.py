@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def check_file(path: Path) -> None:
     """Raises OutputError if no file can be written at `path`: before long work, not after it. Leaves nothing behind."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"{path} is a folder, and -o names a file here: pick a name inside it.")
     check_room(path, path.parent)
 
@@ -51,7 +51,8 @@ def check_file(path: Path) -> None:
 def check_room(output: Path, folder: Path) -> None:
     """Raises OutputError, which names `output`, if nothing can be written into `folder`, which need not be there yet.
     Leaves nothing behind."""
-    while not folder.exists() and folder != folder.parent:
+    # unlike Path.exists, os.path.exists says no where it may not look
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         with TemporaryDirectory(dir=folder, prefix=".slimdiff-"):

@@ -60,12 +60,12 @@ def merge(pipe: DiffusionPipeline, loras: Iterable[tuple[str, float]]) -> None:
     """
     parts = {name: part for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
     for file, scale in loras:
-        if wrong := misfit(read(Path(file), pipe.unet.config)[0], **parts):
-            raise ModelError(
-                f"The LoRA {file} cannot be merged: {wrong}. It was trained on another model; take one of this model, "
-                "or calibrate the model that it was trained on."
-            )
         try:
+            if wrong := misfit(read(Path(file), pipe.unet.config)[0], **parts):
+                raise ModelError(
+                    f"The LoRA {file} cannot be merged: {wrong}. It was trained on another model; take one of this "
+                    "model, or calibrate the model that it was trained on."
+                )
             pipe.load_lora_weights(file, adapter_name="merged")
         except (OSError, SafetensorError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(f"The LoRA {file} cannot be merged: {str(error).strip().splitlines()[0]}") from error

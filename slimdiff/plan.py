@@ -147,6 +147,7 @@ class Plan:
             )
         if self.predicted_error is not None:
             drift = f"predicted drift        {percent(self.predicted_error)} of the final latents"
-            apart = self.lower_bound is not None and self.predicted_error > NOTICEABLE * self.lower_bound
-            lines.append(f"{drift} (no choice of widths below {percent(self.lower_bound)})" if apart else drift)
+            if self.lower_bound is not None and self.predicted_error > NOTICEABLE * self.lower_bound:
+                drift += f" (no choice of widths below {percent(self.lower_bound)})"
+            lines.append(drift)
         return lines

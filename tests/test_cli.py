@@ -177,6 +177,7 @@ def test_sizes_that_cannot_be_painted_are_usage_errors(here, command, option):
 
 def test_what_is_no_number_is_called_so(here):
     assert "'abc' is not a valid integer." in run("calibrate", "--steps", "abc", code=2)
+    assert "'abc' is not a valid number." in run("compress", "--min-width", "abc", code=2)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from slimdiff import outputs
-from slimdiff.commands.parameters import GROUPS, PATH, SHARES, Whole, command, model_options, say
+from slimdiff.commands.parameters import GROUPS, PATH, SHARES, Number, Whole, command, model_options, say
 from slimdiff.options import INFLUENCES, METHODS, OFS, Of, share_of
 
 FEW = 32
@@ -53,7 +53,7 @@ FEW = 32
 )
 @click.option(
     "--min-width",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=0.125,
     help="Least share of its width that a group keeps.",
 )

@@ -52,6 +52,12 @@ class Whole(click.IntRange):
     name = "integer"
 
 
+class Number(click.FloatRange):
+    """Likewise."""
+
+    name = "number"
+
+
 def _pixels(text: str) -> int:
     if not (text.isdecimal() and int(text) and int(text) % SIDE_STEP == 0):
         raise ValueError(f"'{text}' is not a side that pictures can have: a multiple of {SIDE_STEP} pixels, as in 512.")

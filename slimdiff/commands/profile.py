@@ -62,8 +62,8 @@ def profile(
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
     dense = source.find(model, variant=variant, config=config)
-    found_there = outputs.latency_path(outputs.statistics_path(dense.name).parent)
-    output = output or found_there
+    usual = outputs.latency_path(outputs.statistics_path(dense.name).parent)
+    output = output or usual
     check_file(output)
     pipe = pipeline.load(dense, in_dtype).to(on)
     job = recipe.family_recipe(
@@ -79,5 +79,5 @@ def profile(
     table.write(output)
     points = sum(len(curve.widths) for curve in table.curves.values())
     click.echo(f"{output}: {len(table.curves)} distinct layers at {points} widths, UNet call {seconds(table.call)}")
-    given = "" if output.resolve() == found_there.resolve() else f" --latency {shlex.quote(str(output))}"
+    given = "" if output.resolve() == usual.resolve() else f" --latency {shlex.quote(str(output))}"
     say(f"next: slimdiff compress --speedup 1.2{given}")
