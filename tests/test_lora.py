@@ -434,6 +434,12 @@ def test_what_is_no_lora_of_the_model_is_not_converted(slim_folder, tmp_path, te
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_merging_without_peft_says_how_to_get_it(made, monkeypatch):
+    monkeypatch.setattr("slimdiff.lora.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"peft, which is not installed.*slimdiff\[lora\]"):
+        merge(made[0], [("style.safetensors", 1.0)])
+
+
 def test_a_lora_merged_before_calibration_is_part_of_the_model(made, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense, lora = made[0], lora_of(made[0].unet)
