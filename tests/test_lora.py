@@ -30,8 +30,10 @@ from slimdiff import checkpoint
 from slimdiff.calibrate import collect
 from slimdiff.cli import main
 from slimdiff.compress import Options, make_plan
+from slimdiff.errors import ModelError
 from slimdiff.groups import Group, find_groups, names
 from slimdiff.linalg import regularised
+from slimdiff.lora import merge
 from slimdiff.methods import Evidence
 from slimdiff.pipeline import encode, fingerprint, load
 from slimdiff.plan import Plan
