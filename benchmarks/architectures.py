@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from slimdiff.groups import KINDS, find_groups
-from slimdiff.macs import count
+from slimdiff.macs import count, token_counts
 
 TEXT_TOKENS = 77
 
@@ -81,16 +81,21 @@ def randomised(module: nn.Module, dtype: torch.dtype = torch.float16, device: st
 
 def main() -> None:
     """Print the table; multiply-accumulates are of one forward at the native resolution, attention core included."""
-    print("| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs |")
-    print("|---|---|---|---|---|---|")
+    print("| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs | in them |")
+    print("|---|---|---|---|---|---|---|")
     for name in CONFIGS:
         unet = build(name)
         side = unet.config.sample_size
-        groups, parameters = find_groups(unet), sum(p.numel() for p in unet.parameters())
+        groups = find_groups(unet, token_counts(unet, (side, side), TEXT_TOKENS))
+        parameters = sum(p.numel() for p in unet.parameters())
         numbers = " / ".join(str(sum(group.kind == kind for group in groups)) for kind in KINDS)
         share = sum(group.params for group in groups) / parameters
         macs = count(unet, (side, side), TEXT_TOKENS).total
-        print(f"| {name} | {8 * side} | {parameters / 1e6:.1f}M | {numbers} | {share:.1%} | {macs / 1e9:.1f} |")
+        inside = sum(group.macs_at(group.width) for group in groups) / macs
+        print(
+            f"| {name} | {8 * side} | {parameters / 1e6:.1f}M | {numbers} | {share:.1%} | {macs / 1e9:.1f} "
+            f"| {inside:.1%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,14 @@ def convert(lora: Path, unet: SlimUNet2DConditionModel, output: Path, force: boo
         save_file({name: x.contiguous() for name, x in slim.items()}, temporary, metadata)
 
 
-def merge(pipe: DiffusionPipeline, loras: Iterable[tuple[str, float]]) -> None:
+def merge(pipe: DiffusionPipeline, loras: Sequence[tuple[str, float]]) -> None:
     """Add LoRAs, files and their scales, to the weights of a dense pipeline for good, its text encoders' among them.
 
     Sums are rounded once, from float64, so that the merged model is the same, and has the same fingerprint, wherever it
     is made. Raises ModelError if a file is no plain LoRA or does not fit, or if peft is missing.
     """
+    if loras and find_spec("peft") is None:
+        raise ModelError("LoRAs need the package peft, which is not installed: pip install 'slimdiff[lora]' or peft.")
     parts = {name: part for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
     for file, scale in loras:
         try:

@@ -34,7 +34,7 @@ class Options:
     afterwards. `lora_maps` is the rank of the maps by which LoRAs of the dense model fit the slim one; 0 leaves them
     out.
 
-    Raises BudgetError for shares that are none.
+    Raises BudgetError for a `budget` or `min_width` out of range.
     """
 
     budget: float

@@ -162,7 +162,7 @@ print("heavy:", *sorted({"torch", "diffusers", "transformers", "numpy", "scipy"}
 
 
 @pytest.mark.parametrize("name", sorted(set(slimdiff.__all__) - {"__version__"}))
-def test_the_public_functions_are_functions_however_often_they_are_asked_for(name):
+def test_the_public_names_are_functions_and_classes_however_often_they_are_asked_for(name):
     for module in ("calibrate", "checkpoint", "compress", "bench"):
         importlib.import_module(f"slimdiff.{module}")
     for _ in range(2):

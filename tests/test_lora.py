@@ -30,8 +30,10 @@ from slimdiff import checkpoint
 from slimdiff.calibrate import collect
 from slimdiff.cli import main
 from slimdiff.compress import Options, make_plan
+from slimdiff.errors import ModelError
 from slimdiff.groups import Group, find_groups, names
 from slimdiff.linalg import regularised
+from slimdiff.lora import merge
 from slimdiff.methods import Evidence
 from slimdiff.pipeline import encode, fingerprint, load
 from slimdiff.plan import Plan
@@ -441,6 +443,12 @@ def test_what_is_no_lora_of_the_model_is_not_converted(slim_folder, tmp_path, te
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 1 and re.search(message, done.output.replace("\n", " ")), done.output
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_merging_without_peft_says_how_to_get_it(made, monkeypatch):
+    monkeypatch.setattr("slimdiff.lora.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"peft, which is not installed.*slimdiff\[lora\]"):
+        merge(made[0], [("style.safetensors", 1.0)])
 
 
 def test_a_lora_merged_before_calibration_is_part_of_the_model(made, model_folder, tmp_path, monkeypatch):
