@@ -6,7 +6,6 @@ A group's final error at every width is told from its local errors and the few w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,7 +65,7 @@ class Influence:
 
         Over prompts the `quantile` is taken (see `Point.final`). As a function of the local error, the final error is a
         power law between two probed points (log against log) and proportional outside. Points lost in rounding do not
-        count, but for the one of most local error where all are; if even that shows nothing, the group has no influence.
+        count, but for the one of most local error where all are; if that shows nothing, the group has no influence.
         """
         shown: dict[float, float] = {}
         for point in self.points[group.name].values():

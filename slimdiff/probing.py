@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from slimdiff.guidance import guided
 from slimdiff.influence import FLOOR, SURE, Influence, Kind, Point, Points, read_cache, relative_error, write_cache
 from slimdiff.inpainting import canvases
 from slimdiff.pipeline import prompts_at_once, sample, use_scheduler
+from slimdiff.progress import Log
 from slimdiff.recipe import Recipe
 from slimdiff.solve.solution import Solution
 from slimdiff.states import States
@@ -81,8 +83,8 @@ def probe(
     statistics: str,
     kind: Kind = "sampler",
     shares: Sequence[float] = (0.5,),
-    prompts: int = 8,
-    steps: int = 10,
+    prompts: int = 6,
+    steps: int = 8,
     points: Points | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> Influence:
@@ -107,12 +109,15 @@ def probe(
 
     def known(group: Group, width: int) -> bool:
         point, local = points.get(group.name, {}).get(width), float(solutions[group.name].error[width])
-        return point is not None and len(point.errors) == prompts and abs(point.local - local) <= CHANGED * max(local, FLOOR)
+        if point is None or len(point.errors) != prompts:
+            return False
+        return abs(point.local - local) <= CHANGED * max(local, FLOOR)
 
     with ExitStack() as stack:
         measuring = cache(lambda: stack.enter_context(_measuring(pipe, states, recipe, kind, prompts, steps)))
         runs = len(references) + sum(map(len, asked.values()))
         bar = stack.enter_context(tqdm(total=runs, unit="width", disable=None, desc="probe"))
+        log, done = Log("probe", "width", runs), count(1)
 
         def point(group: Group, width: int) -> Point:
             if not known(group, width):
@@ -122,15 +127,17 @@ def probe(
                 points.setdefault(group.name, {})[width] = Point(float(solution.error[width]), tuple(errors.tolist()))
                 on_point()
             bar.update()
+            log(next(done))
             return points[group.name][width]
 
         rounding = max(point(group, group.width).final() for group in references)
         for group, widths in asked.items():
+            least, own = max(1, group.width // NARROW), found[group.name]
             for width in widths:
-                found[group.name][width] = point(group, width)
-                if found[group.name][width].final() <= SURE * rounding and width > (least := max(1, group.width // NARROW)):
-                    bar.total += 1
-                    found[group.name][least] = point(group, least)
+                own[width] = point(group, width)
+                if own[width].final() <= SURE * rounding and width > least:
+                    bar.total, log.total = bar.total + 1, log.total + 1
+                    own[least] = point(group, least)
     return Influence(statistics, kind, found, rounding)
 
 
@@ -213,8 +220,8 @@ def probed(
     method: str,
     kind: Kind = "sampler",
     shares: Sequence[float] = (0.5,),
-    prompts: int = 8,
-    steps: int = 10,
+    prompts: int = 6,
+    steps: int = 8,
 ) -> Influence:
     """`probe`, but for what the cache at `path` knows; what is new is kept there, also when probing is interrupted.
 
