@@ -45,8 +45,8 @@ class Options:
     min_width: float = 0.125
     independent_ranks: bool = False
     influence: Influence | None = None
-    probe_prompts: int = 6
-    probe_steps: int = 8
+    probe_prompts: int = 8
+    probe_steps: int = 7
     probe_shares: tuple[float, ...] = (0.5,)
     refine: bool = False
     lora_maps: int = 16

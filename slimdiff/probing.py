@@ -83,8 +83,8 @@ def probe(
     statistics: str,
     kind: Kind = "sampler",
     shares: Sequence[float] = (0.5,),
-    prompts: int = 6,
-    steps: int = 8,
+    prompts: int = 8,
+    steps: int = 7,
     points: Points | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> Influence:
@@ -220,8 +220,8 @@ def probed(
     method: str,
     kind: Kind = "sampler",
     shares: Sequence[float] = (0.5,),
-    prompts: int = 6,
-    steps: int = 8,
+    prompts: int = 8,
+    steps: int = 7,
 ) -> Influence:
     """`probe`, but for what the cache at `path` knows; what is new is kept there, also when probing is interrupted.
 

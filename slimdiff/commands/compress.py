@@ -70,8 +70,8 @@ FEW = 32
     "(probed once, then cached), local errors as they are, the same share of every group, or the same share of every "
     "group's energy.  [default: sampler; each baseline's own]",
 )
-@click.option("--probe-prompts", type=Whole(1, 32), default=6, help="Prompts to probe with.")
-@click.option("--probe-steps", type=Whole(1), default=8, help="Sampler steps of a probe.")
+@click.option("--probe-prompts", type=Whole(1, 32), default=8, help="Prompts to probe with.")
+@click.option("--probe-steps", type=Whole(1), default=7, help="Sampler steps of a probe.")
 @click.option(
     "--refine/--no-refine",
     default=False,
