@@ -28,8 +28,8 @@ from slimdiff.states import recorded
 from slimdiff.statistics import Statistics, StatisticsFile
 from slimdiff.timesteps import Clock, weights
 
-SAVE_EVERY = 120.0
-"""Seconds between two saves of the partial file."""
+SAVE_EVERY, SAVE_SHARE = 120.0, 0.05
+"""Seconds between two saves of the partial file, at least, and the most of the time that saving may take."""
 
 
 class Interrupted(SlimdiffError):
@@ -97,7 +97,7 @@ def collect(
     first = statistics.done
     pipe.scheduler.set_timesteps(recipe.steps)
     calls, shares = len(pipe.scheduler.timesteps), weights(recipe.timestep_weights, pipe.scheduler)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_EVERY
     with (
         tqdm(total=len(prompts) * calls, initial=first * calls, unit="step", disable=None if show else True,
              desc="calibrate", smoothing=0.05) as bar,
@@ -130,9 +130,10 @@ def collect(
                     f"Interrupted after {statistics.done} of {len(prompts)} prompts, all saved in {unfinished}. "
                     "The same command goes on from there."
                 )
-            if time.monotonic() - saved > SAVE_EVERY:
+            if (due := time.monotonic()) - saved > pause:
                 statistics.write(unfinished)
                 saved = time.monotonic()
+                pause = max(SAVE_EVERY, (saved - due) / SAVE_SHARE)
     statistics.write(output)
     unfinished.unlink(missing_ok=True)
     return Calibrated(output, statistics.done, time.monotonic() - started, first)

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.groups import find_groups
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
-from slimdiff.statistics import StatisticsFile
+from slimdiff.statistics import Statistics, StatisticsFile
 
 WORDS = ("a red cat", "two dogs", "sky", "old map", "the sea at night")
 RECIPE = Recipe("sd1", WORDS, ("", "blurry", "", "ugly", ""), 3, 4.0, 16, 16, seed=5)
@@ -128,6 +129,28 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path, num
     assert result.resumed_at == 2
     assert_close(sums(whole), sums(stopped), tolerance=0.0)
     assert not stopped.with_name("stopped.partial").exists()
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(pipe, tmp_path, monkeypatch):
+    """A prompt takes a minute here, and a save half of one."""
+    now, saves = 0.0, []
+    write = Statistics.write
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def slow(statistics, path):
+        pass_time(30)
+        saves.append(statistics.done)
+        write(statistics, path)
+
+    monkeypatch.setattr(MODULE, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Statistics, "write", slow)
+    pipe.unet.register_forward_hook(lambda *_: pass_time(60))
+    words = ("cat",) * 30
+    collect(pipe, SOURCE, replace(RECIPE, prompts=words, negatives=words, steps=1), tmp_path / "s", batch_size=1)
+    assert saves == [3, 14, 25, 30], "after more than two minutes, then after more than ten from save to save"
 
 
 def test_the_batch_size_is_tried_before_saved_sums_take_memory(pipe, tmp_path, monkeypatch):
