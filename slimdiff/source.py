@@ -174,12 +174,13 @@ def unet_bytes(source: Source) -> int:
     return sum(path.stat().st_size for path in unet_files(source))
 
 
-_NOT_UNET = ("first_stage", "cond_stage", "conditioner")
-
-
 def stored_dtype(source: Source) -> torch.dtype:
-    """The dtype the UNet's weights are stored in."""
-    with safe_open(unet_files(source)[0], framework="pt") as file:
-        first = next(name for name in file.keys() if not name.startswith(_NOT_UNET))  # noqa: SIM118
+    """The dtype the UNet's weights are stored in. Raises ModelError if a single file holds no UNet."""
+    prefix = "model.diffusion_model." if source.folder is None else ""
+    path = unet_files(source)[0]
+    with safe_open(path, framework="pt") as file:
+        first = next((name for name in file.keys() if name.startswith(prefix)), None)  # noqa: SIM118
+        if first is None:
+            raise ModelError(f"{path} holds no tensor named {prefix}..., so no UNet: not supported. {SUPPORTED}")
         dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype

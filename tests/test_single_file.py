@@ -76,6 +76,18 @@ def test_the_text_encoders_of_a_single_file_are_those_of_its_folder(model):
     assert (embeddings(ours, ["a cat"]) == embeddings(theirs, ["a cat"])).all()
 
 
+def test_the_stored_dtype_of_a_single_file_is_that_of_its_unet(tmp_path):
+    tensors = {
+        "alphas_cumprod": torch.ones(1000), "first_stage_model.encoder.conv_in.bias": torch.ones(8),
+        "model.diffusion_model.out.2.bias": torch.ones(4, dtype=torch.float16), "model_ema.decay": torch.ones(1),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert source.stored_dtype(source.find(str(tmp_path / "m.safetensors"))) == torch.float16
+    save_file({"alphas_cumprod": torch.ones(1000)}, tmp_path / "m.safetensors")
+    with pytest.raises(ModelError, match="holds no tensor named model.diffusion_model"):
+        source.stored_dtype(source.find(str(tmp_path / "m.safetensors")))
+
+
 def test_without_network_a_single_file_asks_for_configs(model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"the hub cannot be reached for them\. Pass --config"):
