@@ -39,7 +39,8 @@ def load(
     made = plan.provenance
     found = source.again(made["model"], made.get("model_options", {}), dense, variant)
     found = found.with_loras(made.get("loras", ()))
-    pipes = pipeline.load(found, in_dtype), pipeline.painter(checkpoint.load(slim, torch_dtype=in_dtype))
+    slim_pipe = pipeline.unchecked(pipeline.painter(checkpoint.load(slim, torch_dtype=in_dtype)))
+    pipes = pipeline.load(found, in_dtype), slim_pipe
     plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
     for pipe in pipes:
         pipeline.use_scheduler(pipe, made["recipe"]["scheduler"])

@@ -67,10 +67,8 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
     """
     loading = stored_dtype(source) if source.loras else dtype  # a LoRA is added to the weights as they are stored
     with _readable(source):
-        pipe = painter(_read(source, loading))
+        pipe = unchecked(painter(_read(source, loading)))
     families.check_unet(pipe.unet.config, source.reference)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
     merge(pipe, source.loras)
@@ -133,6 +131,13 @@ def painter(pipe: DiffusionPipeline) -> DiffusionPipeline:
     config = pipe.unet.config
     kind = families.PAINTERS[families.is_xl(config), families.inpaints(config)]
     return pipe if type(pipe) is kind else kind.from_pipe(pipe, unet=pipe.unet, torch_dtype=pipe.unet.dtype)
+
+
+def unchecked(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline itself, without the safety checker it may have: that one blackens pictures, and takes time."""
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    return pipe
 
 
 def family(pipe: DiffusionPipeline, source: Source) -> str:
