@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -126,11 +127,20 @@ def _read(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 def painter(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """The pipeline that paints from prompts with the parts of `pipe`, which may be of image-to-image or other use.
 
-    Raises ValueError if parts are missing.
+    Not by `from_pipe`, which would cast all parts to one dtype, and `pipe` has them too. Raises ModelError if parts are
+    missing.
     """
     config = pipe.unet.config
     kind = families.PAINTERS[families.is_xl(config), families.inpaints(config)]
-    return pipe if type(pipe) is kind else kind.from_pipe(pipe, unet=pipe.unet, torch_dtype=pipe.unet.dtype)
+    if type(pipe) is kind:
+        return pipe
+    parameters, optional = inspect.signature(kind).parameters, dict.fromkeys(kind._optional_components)
+    given = optional | dict(pipe.config) | pipe.components
+    needed = [name for name, one in parameters.items() if one.default is one.empty and name not in optional]
+    if missing := [name for name in needed if given.get(name) is None]:
+        raise ModelError(f"A {type(pipe).__name__} without {missing[0]} cannot paint; a {kind.__name__} needs one.")
+    own: DiffusionPipeline = kind(**{name: given[name] for name in parameters if name in given})
+    return own
 
 
 def unchecked(pipe: DiffusionPipeline) -> DiffusionPipeline:

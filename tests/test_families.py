@@ -230,10 +230,22 @@ def test_pipelines_of_other_use_are_calibrated_by_text_and_keep_their_class(tmp_
     checkpoint.write(tmp_path / "slim", slim, pipe, "{}", found.folder)
     again = checkpoint.load(tmp_path / "slim")
     assert type(again) is kind
-    assert type(pipeline.painter(again)) is type(text) and pipeline.painter(again).unet is again.unet
+    again.unet.half()  # as users keep SDXL's VAE in float32 beside it
+    own = pipeline.painter(again)
+    assert type(own) is type(text) and own.unet is again.unet and own.vae is again.vae
+    assert (own.unet.dtype, own.vae.dtype) == (torch.float16, torch.float32)
+    for option in ("requires_safety_checker", "force_zeros_for_empty_prompt"):
+        assert own.config.get(option) == again.config.get(option)
     assert {name for name, part in again.components.items() if part is not None} == {
         name for name, part in parts.items() if part is not None
     }
+
+
+def test_a_pipeline_without_a_part_that_painting_needs_is_refused(tmp_path):
+    parts = tiny_pipeline(tmp_path).components | {"vae": None}
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ModelError, match="StableDiffusionImg2ImgPipeline without vae cannot paint"):
+        pipeline.painter(pipe)
 
 
 def test_another_scheduler_keeps_the_prediction_type(tmp_path):
