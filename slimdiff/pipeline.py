@@ -194,7 +194,11 @@ Conditioning = dict[str, Tensor]
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, prompts: Sequence[str], negatives: Sequence[str]) -> Conditioning:
-    """What the pipeline's text encoders make of prompts and negative prompts."""
+    """What the pipeline's text encoders make of prompts and negative prompts.
+
+    An empty negative prompt is what a call without one gets: zeros, if the pipeline has `force_zeros_for_empty_prompt`,
+    as SDXL's has.
+    """
     parts = pipe.encode_prompt(
         prompt=list(prompts),
         negative_prompt=list(negatives),
@@ -203,7 +207,12 @@ def encode(pipe: DiffusionPipeline, prompts: Sequence[str], negatives: Sequence[
         do_classifier_free_guidance=True,
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, parts, strict=False))
+    found: Conditioning = dict(zip(names, parts, strict=False))
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        empty = [row for row, negative in enumerate(negatives) if not negative]
+        for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
+            found[name][empty] = 0
+    return found
 
 
 @torch.no_grad()

@@ -248,6 +248,18 @@ def test_a_pipeline_without_a_part_that_painting_needs_is_refused(tmp_path):
         pipeline.painter(pipe)
 
 
+@pytest.mark.parametrize("unet", ["sd1", "sdxl"])
+def test_an_empty_negative_prompt_is_none_at_all(tmp_path, unet):
+    """As SDXL's pipeline is called by users, who give none: it takes zeros then, not the embedding of an empty text."""
+    pipe = tiny_pipeline(tmp_path, tiny_unet(**UNETS[unet]))
+    job = {"guidance_scale": 3.0, "height": 16, "width": 16}
+    ours = pipeline.sample(pipe, pipeline.encode(pipe, WORDS[:2], ["", "dogs"]), [5, 6], steps=2, **job)
+    for row, negative in enumerate(({}, {"negative_prompt": "dogs"})):
+        seeded = torch.Generator().manual_seed(5 + row)
+        stock = pipe(WORDS[row], **negative, generator=seeded, num_inference_steps=2, **job, output_type="latent")
+        torch.testing.assert_close(ours[row : row + 1], stock.images, rtol=1e-4, atol=1e-4)
+
+
 def test_another_scheduler_keeps_the_prediction_type(tmp_path):
     pipe = tiny_pipeline(tmp_path, prediction_type="v_prediction")
     for name in recipe.SCHEDULERS:
