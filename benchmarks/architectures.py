@@ -86,7 +86,8 @@ def main() -> None:
     GB are what the sums of calibration take on its device: without options, with --baselines, with --resnets.
     """
     print(
-        "| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs | in them | GB of sums |"
+        "| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs | in them "
+        "| GB of sums |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in CONFIGS:
