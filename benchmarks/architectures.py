@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from slimdiff.capture import footprint
 from slimdiff.groups import KINDS, find_groups
 from slimdiff.macs import count, token_counts
 
@@ -80,21 +81,29 @@ def randomised(module: nn.Module, dtype: torch.dtype = torch.float16, device: st
 
 
 def main() -> None:
-    """Print the table; multiply-accumulates are of one forward at the native resolution, attention core included."""
-    print("| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs | in them |")
-    print("|---|---|---|---|---|---|---|")
+    """Print the table; multiply-accumulates are of one forward at the native resolution, attention core included.
+
+    GB are what the sums of calibration take on its device: without options, with --baselines, with --resnets.
+    """
+    print(
+        "| architecture | pixels | parameters | qk / vo / ffn groups | parameters in them | GMACs | in them "
+        "| GB of sums |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in CONFIGS:
         unet = build(name)
         side = unet.config.sample_size
         groups = find_groups(unet, token_counts(unet, (side, side), TEXT_TOKENS))
-        parameters = sum(p.numel() for p in unet.parameters())
+        total = sum(p.numel() for p in unet.parameters())
         numbers = " / ".join(str(sum(group.kind == kind for group in groups)) for kind in KINDS)
-        share = sum(group.params for group in groups) / parameters
+        share = sum(group.params for group in groups) / total
         macs = count(unet, (side, side), TEXT_TOKENS).total
         inside = sum(group.macs_at(group.width) for group in groups) / macs
+        more = ([], *(find_groups(unet, kinds=(kind,)) for kind in ("linear", "resnet")))
+        sums = " / ".join(f"{footprint(unet, groups + others) / 1e9:.2f}" for others in more)
         print(
-            f"| {name} | {8 * side} | {parameters / 1e6:.1f}M | {numbers} | {share:.1%} | {macs / 1e9:.1f} "
-            f"| {inside:.1%} |"
+            f"| {name} | {8 * side} | {total / 1e6:.1f}M | {numbers} | {share:.1%} | {macs / 1e9:.1f} | {inside:.1%} "
+            f"| {sums} |"
         )
 
 

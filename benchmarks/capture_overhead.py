@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from slimdiff import pipeline, recipe, source
-from slimdiff.calibrate import automatic_batch_size
+from slimdiff.batches import automatic_batch_size
 from slimdiff.capture import captured
 from slimdiff.gram import Gram
 from slimdiff.groups import find_groups

@@ -216,10 +216,8 @@ def _source(pipe: DiffusionPipeline) -> Source:
 
 def _painter(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """One that paints from prompts with the same parts, quietly and unchecked; the given one keeps its settings."""
-    own = pipeline.painter(copy(pipe))
+    own = pipeline.unchecked(pipeline.painter(copy(pipe)))
     own.set_progress_bar_config(disable=True)
-    if getattr(own, "safety_checker", None) is not None:
-        own.safety_checker = None
     return own
 
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from slimdiff.families import is_told_guidance
 from slimdiff.fidelity import Painted, compare
 from slimdiff.inpainting import canvases
 from slimdiff.macs import count
@@ -42,6 +43,7 @@ def measure(
     stack cannot be put on top.
     """
     check_alike(dense, slim)
+    settings = replace(settings, is_told_guidance=is_told_guidance(dense.unet.config))
     for stack in settings.stacks:
         check(slim, stack)
     with quiet(dense), quiet(slim):

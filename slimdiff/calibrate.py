@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from slimdiff.batches import automatic_batch_size
 from slimdiff.capture import captured
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.files import check_file
-from slimdiff.groups import Group, find_groups
+from slimdiff.groups import find_groups
 from slimdiff.guidance import guided
 from slimdiff.inpainting import canvases
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
@@ -30,8 +30,8 @@ from slimdiff.states import recorded
 from slimdiff.statistics import Statistics, StatisticsFile
 from slimdiff.timesteps import Clock, weights
 
-SAVE_EVERY = 120.0
-"""Seconds between two saves of the partial file."""
+SAVE_EVERY, SAVE_SHARE = 120.0, 0.05
+"""Seconds between two saves of the partial file, at least, and the most of the time that saving may take."""
 
 
 class Interrupted(SlimdiffError):
@@ -76,8 +76,8 @@ def collect(
     on from there and ends with the same sums. The batch size changes nothing but rounding.
 
     Raises OutputError if `output` holds another calibration or cannot be written, StatisticsError if a partial file is
-    of another model, recipe or part, SlimdiffError for a part without prompts, ModelError for a model without groups,
-    Interrupted on Ctrl-C.
+    of another model, recipe or part, SlimdiffError for a part without prompts or a GPU too small for one, ModelError
+    for a model without groups, Interrupted on Ctrl-C.
     """
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
@@ -93,13 +93,14 @@ def collect(
     if not force and is_there(output, statistics):
         return Calibrated(output, len(prompts), 0.0, len(prompts), was_there=True)
     unfinished = output.with_name(output.name + ".partial")
-    if resume and unfinished.exists():
-        statistics = _resumed(unfinished, statistics, pipe.unet.device)
+    earlier = _resumable(unfinished, statistics) if resume and unfinished.exists() else None
+    batch_size = batch_size or automatic_batch_size(pipe, groups, recipe)  # tried while no other sums are on the device
+    if earlier:
+        statistics = earlier.read(pipe.unet.device)
     first = statistics.done
-    batch_size = batch_size or automatic_batch_size(pipe, groups, recipe)
     pipe.scheduler.set_timesteps(recipe.steps)
     calls, shares = len(pipe.scheduler.timesteps), weights(recipe.timestep_weights, pipe.scheduler)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_EVERY
     log = Log("calibrate", "prompt", len(prompts), first, show)
     with (
         tqdm(total=len(prompts) * calls, initial=first * calls, unit="step", disable=None if show else True,
@@ -134,9 +135,10 @@ def collect(
                     f"Interrupted after {statistics.done} of {len(prompts)} prompts, all saved in {unfinished}. "
                     "The same command goes on from there."
                 )
-            if time.monotonic() - saved > SAVE_EVERY:
+            if (due := time.monotonic()) - saved > pause:
                 statistics.write(unfinished)
                 saved = time.monotonic()
+                pause = max(SAVE_EVERY, (saved - due) / SAVE_SHARE)
     statistics.write(output)
     unfinished.unlink(missing_ok=True)
     return Calibrated(output, statistics.done, time.monotonic() - started, first)
@@ -157,7 +159,8 @@ def is_there(path: Path, wanted: Statistics) -> bool:
     raise OutputError(f"{path} holds another calibration; pass --force to replace it, or -o for another file.")
 
 
-def _resumed(unfinished: Path, wanted: Statistics, device: torch.device) -> Statistics:
+def _resumable(unfinished: Path, wanted: Statistics) -> StatisticsFile:
+    """The partial file. Raises StatisticsError if it is of another calibration."""
     found = StatisticsFile(unfinished)
     if found.fingerprint != wanted.fingerprint:
         what = f"another model ({found.model})"
@@ -166,33 +169,11 @@ def _resumed(unfinished: Path, wanted: Statistics, device: torch.device) -> Stat
     elif found.shard != wanted.shard:
         what = f"another part of the prompts ({found.shard})"
     else:
-        return found.read(device)
+        return found
     raise StatisticsError(
         f"{unfinished} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to "
         "start afresh, or -o for another file."
     )
-
-
-def automatic_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -> int:
-    """Prompts at once: as many as keep the device busy and fit into a GPU's memory, fewer the larger the picture."""
-    pixels = recipe.height * recipe.width // pipe.vae_scale_factor**2
-    on_gpu = pipe.unet.device.type == "cuda"
-    size = max(1, min(32, len(recipe.prompts), (65536 if on_gpu else 4608) // pixels))
-    return fitting_batch_size(pipe, groups, recipe, size) if on_gpu else size
-
-
-def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe, most: int) -> int:
-    """`most` prompts at once, or as many as memory allows: one step with throw-away sums is tried."""
-
-    def attempt(size: int) -> int:
-        job = replace(recipe, steps=1)
-        canvas = canvases(pipe, job, range(size))
-        guide = partial(guided, prompts=size, guidance_scale=recipe.guidance_scale)
-        with captured(pipe.unet, groups, {}, guide=guide):
-            paint(pipe, job, range(size), canvas=canvas)
-        return size
-
-    return int(find_executable_batch_size(attempt, starting_batch_size=most)())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,16 +33,28 @@ def captured(
     """
     handles = []
     try:
-        wanted = [probe for group in groups for probe in probes(unet, group, guide is not None)]
-        for key, probe in {probe.key: probe for probe in wanted}.items():
+        for key, probe in _wanted(unet, groups, guide is not None).items():
             if key not in grams:
-                device = next(unet.parameters()).device
-                grams[key] = Patches(probe.width, device) if probe.patches else Gram(probe.width, probe.heads, device)
+                grams[key] = _sums(probe, next(unet.parameters()).device)
             handles.append(_attach(probe, grams[key], clock or Clock([1.0]), guide if probe.guided else None))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def footprint(unet: nn.Module, groups: Sequence[Group], guided: bool = True) -> int:
+    """Bytes of the sums that `captured` makes, on the UNet's device."""
+    found = [_sums(probe, "meta") for probe in _wanted(unet, groups, guided).values()]
+    return sum(tensor.nbytes for sums in found for tensor in vars(sums).values() if isinstance(tensor, Tensor))
+
+
+def _wanted(unet: nn.Module, groups: Sequence[Group], guided: bool) -> dict[str, Probe]:
+    return {probe.key: probe for group in groups for probe in probes(unet, group, guided)}
+
+
+def _sums(probe: Probe, device: torch.device | str) -> Gram | Patches:
+    return Patches(probe.width, device) if probe.patches else Gram(probe.width, probe.heads, device)
 
 
 def _attach(

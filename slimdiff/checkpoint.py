@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, PreTrainedModel
 
 from slimdiff import original_layout
 from slimdiff.card import readme
-from slimdiff.errors import ModelError, OutputError
+from slimdiff.errors import ModelError, OutputError, SlimdiffError
 from slimdiff.files import check_room, replacing_folder
 from slimdiff.outputs import PLAN, slim_inside
 from slimdiff.plan import Plan
@@ -31,6 +31,8 @@ _WEIGHTS = re.compile(
     r"(?P<stem>\w+?)(?P<shard>-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?(?P<variant_shard>-\d+-of-\d+)?\.safetensors"
 )
 _INDEX = re.compile(r"(?P<stem>\w+)\.safetensors(\.(?P<old_variant>[^.]+))?\.index(\.(?P<variant>[^.]+))?\.json")
+_OF_THE_UNET = ("variant", "device_map", "low_cpu_mem_usage", "disable_mmap")
+"""Arguments of a pipeline's `from_pretrained` that a model's takes too."""
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|ckpt|pt|pth|pkl|pickle|msgpack|h5|onnx|onnx_data|pb|xml)(\..*)?")
 
 
@@ -94,13 +96,18 @@ def write(
 def load(path: str | Path, torch_dtype: Any = torch.float32, **kwargs: Any) -> DiffusionPipeline:
     """Load a slim checkpoint with slimdiff's own UNet class; no code from the checkpoint is run.
 
-    `torch_dtype` and `kwargs` are those of `DiffusionPipeline.from_pretrained`. (Left to guess the dtype, transformers
-    5 keeps that of a text encoder's file, which need not be the UNet's.) Raises ModelError if `path` is not a slim
-    checkpoint, is of a newer format, or its UNet is damaged.
+    `torch_dtype` (or `dtype`) and `kwargs` are those of `DiffusionPipeline.from_pretrained`. (Left to guess the dtype,
+    transformers 5 keeps that of a text encoder's file, which need not be the UNet's.) Raises ModelError if `path` is
+    not a slim checkpoint, is of a newer format, or its UNet is damaged, SlimdiffError for what would pass the UNet by.
     """
-    folder = Path(path)
+    folder, torch_dtype = Path(path), kwargs.pop("dtype", torch_dtype)
+    if kwargs.get("quantization_config") is not None or kwargs.get("device_map") == "balanced":
+        raise SlimdiffError(
+            "quantization_config and device_map='balanced' do not reach a UNet that slimdiff loads. Use "
+            "DiffusionPipeline.from_pretrained(..., trust_remote_code=True), which runs the class in the checkpoint."
+        )
     dtype = torch_dtype.get("unet", torch_dtype.get("default")) if isinstance(torch_dtype, dict) else torch_dtype
-    unet = load_unet(folder, dtype)
+    unet = load_unet(folder, dtype, **{name: kwargs[name] for name in _OF_THE_UNET if name in kwargs})
     kwargs = {"use_safetensors": True, "torch_dtype": torch_dtype} | kwargs
     with warnings.catch_warnings():
         # The new name, `dtype`, would be ignored by the older versions of diffusers that are supported too.
@@ -108,12 +115,16 @@ def load(path: str | Path, torch_dtype: Any = torch.float32, **kwargs: Any) -> D
         return DiffusionPipeline.from_pretrained(folder, unet=unet, **kwargs)
 
 
-def load_unet(path: str | Path, torch_dtype: torch.dtype | None = None) -> SlimUNet2DConditionModel:
-    """The UNet of a slim checkpoint. Raises as `load` does."""
+def load_unet(
+    path: str | Path, torch_dtype: torch.dtype | None = None, *, variant: str | None = None, **kwargs: Any
+) -> SlimUNet2DConditionModel:
+    """The UNet of a slim checkpoint, its weights of `variant` if it has some. Raises as `load` does."""
     folder = Path(path)
     _check_slim(folder)
+    kwargs["variant"] = variant if any((folder / "unet").glob(f"*.{variant}*.safetensors")) else None
+    kwargs |= {"torch_dtype": torch_dtype, "use_safetensors": True}
     try:
-        return SlimUNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch_dtype, use_safetensors=True)
+        return SlimUNet2DConditionModel.from_pretrained(folder / "unet", **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"The UNet in {folder} cannot be loaded: {str(error).rstrip('. ')}. Copy the checkpoint "

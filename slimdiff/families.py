@@ -37,6 +37,11 @@ def inpaints(config: Mapping[str, Any]) -> bool:
     return bool(config["in_channels"] == 2 * config["out_channels"] + 1)
 
 
+def is_told_guidance(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet gets the guidance scale as an input, as LCM does; the pipelines then run it without negatives."""
+    return config.get("time_cond_proj_dim") is not None
+
+
 def family(config: Mapping[str, Any]) -> str:
     """The key of `calib/recipes.json` that fits a UNet's config."""
     base = "sdxl" if is_xl(config) else "sd2" if config["cross_attention_dim"] == 1024 else "sd1"

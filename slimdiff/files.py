@@ -24,9 +24,11 @@ os.umask(_UMASK)
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
 
+    No two are the same: of processes that write one file, the last one's stays, whole.
+
     Raises OutputError if it cannot be written (no space, no permission).
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

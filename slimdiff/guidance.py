@@ -17,6 +17,9 @@ def guided(x: Tensor, prompts: int, guidance_scale: float) -> Tensor:
     return negative + guidance_scale * (positive - negative)
 
 
-def rows_per_prompt(guidance_scale: float) -> int:
-    """Rows of a UNet batch that one prompt takes: two with guidance, which a scale of at most 1 switches off."""
-    return 2 if guidance_scale > 1 else 1
+def rows_per_prompt(guidance_scale: float, is_told: bool) -> int:
+    """Rows of a UNet batch that one prompt takes: two with guidance, which a scale of at most 1 switches off.
+
+    A UNet that `is_told` the scale (see `families.is_told_guidance`) needs only one.
+    """
+    return 2 if guidance_scale > 1 and not is_told else 1

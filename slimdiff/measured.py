@@ -22,8 +22,9 @@ QUANTILES = (0.5, 0.9, 1.0)
 class Settings:
     """What to run. Prompt i has `negatives[i]` and runs from seed `seed + i`, far from calibration's seeds.
 
-    `height` and `width` are pixels. `batch_sizes` counts prompts; guidance runs the UNet on twice as many rows.
-    `repeats` is the number of dense-slim pairs of each timing. `pictures` is how many pairs of pictures are shown.
+    `height` and `width` are pixels. `batch_sizes` counts prompts; guidance runs the UNet on twice as many rows,
+    but one that `is_told_guidance` (see `families.py`). `repeats` is the number of dense-slim pairs of each timing.
+    `pictures` is how many pairs of pictures are shown.
     `stacks` is what both models are also measured with, each as in "int8" or "int8+tome" (see `stacking.py`).
 
     Raises SlimdiffError if the numbers make no benchmark.
@@ -40,6 +41,7 @@ class Settings:
     repeats: int = 10
     pictures: int = 16
     stacks: tuple[str, ...] = ()
+    is_told_guidance: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -68,7 +70,7 @@ class Settings:
     @property
     def rows_per_prompt(self) -> int:
         """Rows of a UNet batch that one prompt takes."""
-        return rows_per_prompt(self.guidance_scale)
+        return rows_per_prompt(self.guidance_scale, self.is_told_guidance)
 
 
 def quantile(values: Iterable[float], q: float) -> float:

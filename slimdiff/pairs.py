@@ -36,13 +36,14 @@ def load(
     """
     on = pipeline.device_of(device)
     in_dtype = pipeline.dtype_of(dtype, on)
-    kept = plan.provenance.get("model_options", {}) if dense is None else {}
-    found = source.find(dense or plan.provenance["model"], **kept | ({"variant": variant} if variant else {}))
-    found = found.with_loras(plan.provenance.get("loras", ()))
-    pipes = pipeline.load(found, in_dtype), pipeline.painter(checkpoint.load(slim, torch_dtype=in_dtype))
+    made = plan.provenance
+    found = source.again(made["model"], made.get("model_options", {}), dense, variant)
+    found = found.with_loras(made.get("loras", ()))
+    slim_pipe = pipeline.unchecked(pipeline.painter(checkpoint.load(slim, torch_dtype=in_dtype)))
+    pipes = pipeline.load(found, in_dtype), slim_pipe
     plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
     for pipe in pipes:
-        pipeline.use_scheduler(pipe, plan.provenance["recipe"]["scheduler"])
+        pipeline.use_scheduler(pipe, made["recipe"]["scheduler"])
         pipe.to(on)
     return *pipes, found
 

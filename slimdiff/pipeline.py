@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -67,10 +68,8 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipelin
     """
     loading = stored_dtype(source) if source.loras else dtype  # a LoRA is added to the weights as they are stored
     with _readable(source):
-        pipe = painter(_read(source, loading))
+        pipe = unchecked(painter(_read(source, loading)))
     families.check_unet(pipe.unet.config, source.reference)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
     merge(pipe, source.loras)
@@ -128,11 +127,27 @@ def _read(source: Source, dtype: torch.dtype) -> DiffusionPipeline:
 def painter(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """The pipeline that paints from prompts with the parts of `pipe`, which may be of image-to-image or other use.
 
-    Raises ValueError if parts are missing.
+    Not by `from_pipe`, which would cast all parts to one dtype, and `pipe` has them too. Raises ModelError if parts are
+    missing.
     """
     config = pipe.unet.config
     kind = families.PAINTERS[families.is_xl(config), families.inpaints(config)]
-    return pipe if type(pipe) is kind else kind.from_pipe(pipe, unet=pipe.unet, torch_dtype=pipe.unet.dtype)
+    if type(pipe) is kind:
+        return pipe
+    parameters, optional = inspect.signature(kind).parameters, dict.fromkeys(kind._optional_components)
+    given = optional | dict(pipe.config) | pipe.components
+    needed = [name for name, one in parameters.items() if one.default is one.empty and name not in optional]
+    if missing := [name for name in needed if given.get(name) is None]:
+        raise ModelError(f"A {type(pipe).__name__} without {missing[0]} cannot paint; a {kind.__name__} needs one.")
+    own: DiffusionPipeline = kind(**{name: given[name] for name in parameters if name in given})
+    return own
+
+
+def unchecked(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline itself, without the safety checker it may have: that one blackens pictures, and takes time."""
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    return pipe
 
 
 def family(pipe: DiffusionPipeline, source: Source) -> str:
@@ -185,7 +200,11 @@ Conditioning = dict[str, Tensor]
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, prompts: Sequence[str], negatives: Sequence[str]) -> Conditioning:
-    """What the pipeline's text encoders make of prompts and negative prompts."""
+    """What the pipeline's text encoders make of prompts and negative prompts.
+
+    An empty negative prompt is what a call without one gets: zeros, if the pipeline has `force_zeros_for_empty_prompt`,
+    as SDXL's has.
+    """
     parts = pipe.encode_prompt(
         prompt=list(prompts),
         negative_prompt=list(negatives),
@@ -194,7 +213,12 @@ def encode(pipe: DiffusionPipeline, prompts: Sequence[str], negatives: Sequence[
         do_classifier_free_guidance=True,
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, parts, strict=False))
+    found: Conditioning = dict(zip(names, parts, strict=False))
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        empty = [row for row, negative in enumerate(negatives) if not negative]
+        for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
+            found[name][empty] = 0
+    return found
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from slimdiff.errors import SlimdiffError
+from slimdiff.families import is_told_guidance
 from slimdiff.groups import Group
 from slimdiff.guidance import rows_per_prompt
 from slimdiff.latency import Conditions, Curve, Shape, Table
@@ -56,7 +57,7 @@ def conditions_of(pipe: DiffusionPipeline, job: Recipe, prompts: int, dtype: tor
         diffusers=diffusers.__version__,
         height=job.height,
         width=job.width,
-        rows=prompts * rows_per_prompt(job.guidance_scale),
+        rows=prompts * rows_per_prompt(job.guidance_scale, is_told_guidance(pipe.unet.config)),
         parameters=_parameters(pipe.unet),
     )
 

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm import tqdm
 
+from slimdiff.batches import automatic_batch_size
 from slimdiff.capture import captured
 from slimdiff.gram import Gram, Moments
 from slimdiff.groups import Group
@@ -25,8 +26,6 @@ PACKAGES = 4
 PROMPTS = 50
 """Of the recipe, for the calibration of each package."""
 
-BATCH = 25
-
 
 def solve_in_turn(
     pipe: DiffusionPipeline,
@@ -39,6 +38,8 @@ def solve_in_turn(
 
     For each package the pipeline paints `PROMPTS` of the recipe's pictures anew, all packages before it already cut,
     with timesteps weighted as in OBS-Diff. The pipeline's own UNet is not changed.
+
+    Raises SlimdiffError if not even one picture fits into a GPU's memory.
     """
     dense, solutions = pipe.unet, {}
     unet = copy.deepcopy(dense)
@@ -62,12 +63,12 @@ def solve_in_turn(
 
 
 def _moments(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -> Callable[[str], Moments]:
+    size, prompts = automatic_batch_size(pipe, groups, recipe), min(PROMPTS, len(recipe.prompts))
     pipe.scheduler.set_timesteps(recipe.steps)
     shares = weights("decreasing", pipe.scheduler)
-    prompts = min(PROMPTS, len(recipe.prompts))
     grams: dict[str, Gram] = {}
-    for start in range(0, prompts, BATCH):
-        chosen = range(start, min(start + BATCH, prompts))
+    for start in range(0, prompts, size):
+        chosen = range(start, min(start + size, prompts))
         clock = Clock(shares)
         canvas = canvases(pipe, recipe, chosen)
         with captured(pipe.unet, groups, grams, clock):

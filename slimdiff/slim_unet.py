@@ -165,9 +165,10 @@ class TextProjection(nn.Linear):
         if not self.reuse or torch.compiler.is_compiling() or torch.is_grad_enabled() or text.is_inference():
             return super().forward(text)
         versions = [(id(x), x._version) for x in (text, *self.parameters())]
-        if self._seen is None or self._seen[0]() is not text or self._seen[1] != versions:
-            self._seen = weakref.ref(text, self.forget), versions, super().forward(text)
-        return self._seen[2]
+        seen = self._seen  # read and written once each: other threads may paint with the same UNet
+        if seen is None or seen[0]() is not text or seen[1] != versions:
+            self._seen = seen = weakref.ref(text, self.forget), versions, super().forward(text)
+        return seen[2]
 
     def forget(self, *_: Any) -> None:
         self._seen = None

@@ -91,6 +91,23 @@ def find(
     return Source(model, model.split("/")[-1], _download(model, variant, revision), given)
 
 
+def again(recorded: str, options: Mapping[str, str], elsewhere: str | None, variant: str | None) -> Source:
+    """The model that statistics or a plan have `recorded`, with its options; `elsewhere` if it lies there now.
+
+    There its revision means nothing, nor does its config but for a single file, nor its variant where a folder lacks
+    it. `variant`, if there is one, takes the place of the recorded one. Raises as `find` does.
+    """
+    kept = dict(options)
+    if elsewhere is not None:
+        path = Path(elsewhere).expanduser()
+        kept.pop("revision", None)
+        if not path.is_file():
+            kept.pop("config", None)
+        if path.is_dir() and not any((path / "unet").glob(f"*.{kept.get('variant')}*.safetensors")):
+            kept.pop("variant", None)
+    return find(elsewhere or recorded, **kept | ({"variant": variant} if variant else {}))
+
+
 def _absolute(path: str | None) -> str | None:
     """A local path made absolute, so that it can be found from elsewhere; a hub id as it is."""
     return str(local.resolve()) if path and (local := Path(path).expanduser()).exists() else path
@@ -174,12 +191,13 @@ def unet_bytes(source: Source) -> int:
     return sum(path.stat().st_size for path in unet_files(source))
 
 
-_NOT_UNET = ("first_stage", "cond_stage", "conditioner")
-
-
 def stored_dtype(source: Source) -> torch.dtype:
-    """The dtype the UNet's weights are stored in."""
-    with safe_open(unet_files(source)[0], framework="pt") as file:
-        first = next(name for name in file.keys() if not name.startswith(_NOT_UNET))  # noqa: SIM118
+    """The dtype the UNet's weights are stored in. Raises ModelError if a single file holds no UNet."""
+    prefix = "model.diffusion_model." if source.folder is None else ""
+    path = unet_files(source)[0]
+    with safe_open(path, framework="pt") as file:
+        first = next((name for name in file.keys() if name.startswith(prefix)), None)  # noqa: SIM118
+        if first is None:
+            raise ModelError(f"{path} holds no tensor named {prefix}..., so no UNet: not supported. {SUPPORTED}")
         dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 import slimdiff
-from slimdiff import timing
+from slimdiff import pairs, timing
 from slimdiff.errors import BudgetError, ModelError, OutputError, StatisticsError
 from slimdiff.statistics import StatisticsFile
 
@@ -127,6 +129,20 @@ def test_bench_measures_a_loaded_pair(dense, slim, monkeypatch):
     assert report.settings.steps == 2 and report.settings.guidance_scale == 3.0
     assert report.size.parameters == slim.unet.plan.unet_params and report.size.checkpoint is None
     assert "on disk" not in report.table() and "weights in memory" in report.table()
+
+
+def test_neither_of_a_pair_checks_pictures(dense, statistics, model_folder, tmp_path):
+    """A checker that stayed in one of them would be timed, and blacken its pictures."""
+    checker = StableDiffusionSafetyChecker(CLIPConfig(
+        projection_dim=4, text_config={"num_hidden_layers": 0},
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+    ))  # fmt: skip
+    parts = dense.components | {"safety_checker": checker, "feature_extractor": CLIPImageProcessor()}
+    slim = slimdiff.compress(StableDiffusionPipeline(**parts), statistics, influence="local")
+    slimdiff.save(slim, tmp_path / "slim")
+    assert slim.safety_checker is checker and slimdiff.load(tmp_path / "slim").safety_checker is not None
+    *pipes, _ = pairs.load(tmp_path / "slim", slim.unet.plan, str(model_folder), device="cpu")
+    assert all(pipe.safety_checker is None for pipe in pipes)
 
 
 def test_bench_refuses_another_dense_model(slim, tmp_path):

@@ -31,6 +31,7 @@ LAYERS = (
      "report.results", "report.sheet", "report.svg", "report.unet", "solve.ffn", "solve.heads", "solve.linear",
      "solve.qk", "solve.selection", "solve.vo", "solve.whitening", "statistics", "surgery", "timing", "widths"},
     {"dense", "inpainting", "pairs", "solve.resnet"},
+    {"batches"},
     {"calibrate", "merge", "methods", "probing", "profile", "prompts", "report.comparison", "report.of_plan",
      "sequential", "spectra", "trials"},
     {"compress", "fidelity", "push", "ranks", "report.of_statistics", "report.page"},

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_unet
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from slimdiff import fidelity, timing
@@ -21,6 +21,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import find_groups
 from slimdiff.measured import quantile
 from slimdiff.plan import Entry, Plan
+from slimdiff.profile import conditions_of
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 
 CAPTIONS = scenes.captions(5, seed=3, held_out=True)
@@ -90,6 +91,20 @@ def test_a_model_does_not_drift_from_itself(same: Report) -> None:
     assert same.size.parameters[0] == same.size.parameters[1] and same.size.ideal_speedup == 1
     for timed in same.speed:  # near 1, with room for a loaded machine
         assert timed.speedup.q1 < 1.5 and timed.speedup.q3 > 0.67
+
+
+def test_rows_are_those_the_unet_sees(tmp_path) -> None:
+    """A UNet that is told the guidance scale, as LCM's, runs on no second half."""
+    for told, doubled in ((None, 2), (6, 1)):
+        pipe = tiny_pipeline(tmp_path, tiny_unet(time_cond_proj_dim=told))
+        seen: list[int] = []
+        pipe.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        settings = replace(SETTINGS, steps=1, pictures=0, batch_sizes=(3,))
+        report = measure(pipe, pipe, plan_of(pipe.unet), settings)
+        assert 3 * doubled in seen
+        assert report.speed[0].what == f"UNet, 3 prompts ({3 * doubled} rows)"
+        assert ("doubled by guidance" in report.table()) == (doubled == 2)
+        assert conditions_of(pipe, settings, 3, torch.float32).rows == 3 * doubled
 
 
 def test_json_is_valid_and_null_where_a_figure_is_infinite(same: Report) -> None:

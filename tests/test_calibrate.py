@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
 
-from slimdiff.calibrate import Interrupted, collect, fitting_batch_size
-from slimdiff.errors import OutputError, StatisticsError
+from slimdiff.batches import fitting_batch_size
+from slimdiff.calibrate import Interrupted, collect
+from slimdiff.capture import footprint
+from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.groups import find_groups
 from slimdiff.recipe import Recipe
 from slimdiff.source import Source
-from slimdiff.statistics import StatisticsFile
+from slimdiff.statistics import Statistics, StatisticsFile
 
 WORDS = ("a red cat", "two dogs", "sky", "old map", "the sea at night")
 RECIPE = Recipe("sd1", WORDS, ("", "blurry", "", "ugly", ""), 3, 4.0, 16, 16, seed=5)
 SOURCE = Source("tiny", "tiny", None)
+MODULE = importlib.import_module("slimdiff.calibrate")  # slimdiff.calibrate itself is the function
 
 
 @pytest.fixture
@@ -40,20 +45,39 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
         assert ((one - b[name]).abs().max() / scale) <= tolerance, name
 
 
-def test_a_batch_that_does_not_fit_is_made_smaller_before_anything_is_summed(pipe):
+def limited(pipe, rows: int) -> list[int]:
+    """Memory for `rows` rows of a UNet call only; returns what will have been tried."""
     tried = []
 
-    def limited(module, args, kwargs):
+    def hook(module, args, kwargs):
         tried.append(len(args[0]))
-        if len(args[0]) > 4:  # both halves of two prompts
+        if len(args[0]) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
-    handle = pipe.unet.register_forward_pre_hook(limited, with_kwargs=True)
-    try:
-        assert fitting_batch_size(pipe, find_groups(pipe.unet), RECIPE, 5) == 2
-    finally:
-        handle.remove()
+    pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller_before_anything_is_summed(pipe):
+    tried = limited(pipe, 4)  # both halves of two prompts
+    assert fitting_batch_size(pipe, find_groups(pipe.unet), RECIPE, 5) == 2
     assert tried == [10, 8, 6, 4]
+
+
+def test_when_nothing_fits_what_the_sums_take_is_said(pipe):
+    tried, groups = limited(pipe, 1), find_groups(pipe.unet)
+    with pytest.raises(SlimdiffError, match=r"one prompt at 16x16 px .* sums, which take 0\.0 GB.*--dtype float16"):
+        fitting_batch_size(pipe, groups, RECIPE, 2)
+    assert tried == [4, 2]
+
+
+def test_footprint_is_what_the_sums_take(pipe, tmp_path):
+    """In float64, as an unfinished file holds them, each head's mean and ten energies included."""
+    collect(pipe, SOURCE, replace(RECIPE, resnets=True), tmp_path / "s", batch_size=5)
+    grams = StatisticsFile(tmp_path / "s").read().grams
+    groups = find_groups(pipe.unet) + find_groups(pipe.unet, kinds=("resnet",))
+    held = [tensor for gram in grams.values() for tensor in vars(gram).values() if isinstance(tensor, torch.Tensor)]
+    assert footprint(pipe.unet, groups) == sum(8 * tensor.numel() for tensor in held)
 
 
 def test_batch_size_changes_nothing_but_rounding(pipe, tmp_path):
@@ -105,6 +129,40 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_sums(pipe, tmp_path, num
     assert result.resumed_at == 2
     assert_close(sums(whole), sums(stopped), tolerance=0.0)
     assert not stopped.with_name("stopped.partial").exists()
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(pipe, tmp_path, monkeypatch):
+    """A prompt takes a minute here, and a save half of one."""
+    now, saves = 0.0, []
+    write = Statistics.write
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def slow(statistics, path):
+        pass_time(30)
+        saves.append(statistics.done)
+        write(statistics, path)
+
+    monkeypatch.setattr(MODULE, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Statistics, "write", slow)
+    pipe.unet.register_forward_hook(lambda *_: pass_time(60))
+    words = ("cat",) * 30
+    collect(pipe, SOURCE, replace(RECIPE, prompts=words, negatives=words, steps=1), tmp_path / "s", batch_size=1)
+    assert saves == [3, 14, 25, 30], "after more than two minutes, then after more than ten from save to save"
+
+
+def test_the_batch_size_is_tried_before_saved_sums_take_memory(pipe, tmp_path, monkeypatch):
+    interrupt_after(pipe, 2)
+    with pytest.raises(Interrupted):
+        collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=2)
+    happened = []
+    read = StatisticsFile.read
+    monkeypatch.setattr(StatisticsFile, "read", lambda *args: happened.append("read") or read(*args))
+    monkeypatch.setattr(MODULE, "automatic_batch_size", lambda *args: happened.append("tried") or 2)
+    assert collect(pipe, SOURCE, RECIPE, tmp_path / "s").resumed_at == 2
+    assert happened == ["tried", "read"]
 
 
 def test_partial_of_another_job_is_not_resumed(pipe, tmp_path):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from slimdiff import checkpoint
-from slimdiff.errors import ModelError, OutputError
+from slimdiff.errors import ModelError, OutputError, SlimdiffError
 from slimdiff.slim_unet import SlimUNet2DConditionModel
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -158,6 +158,27 @@ def test_load_runs_no_code_from_the_checkpoint(tmp_path, written, dense, slim):
 def test_load_passes_the_type_on(written, asked, unet, vae):
     pipe = checkpoint.load(written, torch_dtype=asked, safety_checker=None)
     assert (pipe.unet.dtype, pipe.vae.dtype) == (unet, vae)
+
+
+def test_load_passes_variant_and_place_on(tmp_path, written, source, dense, slim):
+    checkpoint.load(written, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16", variant="bf16")
+    pipe = checkpoint.load(tmp_path / "bf16", variant="bf16", dtype=torch.float32, device_map="cpu")
+    for name, tensor in slim.state_dict().items():
+        assert torch.equal(pipe.unet.state_dict()[name], tensor.bfloat16().float()), name
+    assert pipe.unet.hf_device_map == pipe.vae.hf_device_map
+    (tmp_path / "bf16/vae/diffusion_pytorch_model.bf16.safetensors").rename(
+        tmp_path / "bf16/vae/diffusion_pytorch_model.safetensors"
+    )
+    checkpoint.load(tmp_path / "bf16", variant="bf16")
+    shutil.copytree(written / "unet", tmp_path / "bf16/unet", dirs_exist_ok=True)
+    (tmp_path / "bf16/unet/diffusion_pytorch_model.bf16.safetensors").unlink()
+    assert draw(checkpoint.load(tmp_path / "bf16", variant="bf16")).isfinite().all()
+
+
+@pytest.mark.parametrize("given", [{"device_map": "balanced"}, {"quantization_config": object()}])
+def test_load_refuses_what_would_pass_the_unet_by(written, given):
+    with pytest.raises(SlimdiffError, match=r"do not reach a UNet.*trust_remote_code=True"):
+        checkpoint.load(written, **given)
 
 
 def test_a_plain_load_paints_also_where_text_encoders_are_stored_in_half_precision(tmp_path, source, slim):

@@ -230,10 +230,34 @@ def test_pipelines_of_other_use_are_calibrated_by_text_and_keep_their_class(tmp_
     checkpoint.write(tmp_path / "slim", slim, pipe, "{}", found.folder)
     again = checkpoint.load(tmp_path / "slim")
     assert type(again) is kind
-    assert type(pipeline.painter(again)) is type(text) and pipeline.painter(again).unet is again.unet
+    again.unet.half()  # as users keep SDXL's VAE in float32 beside it
+    own = pipeline.painter(again)
+    assert type(own) is type(text) and own.unet is again.unet and own.vae is again.vae
+    assert (own.unet.dtype, own.vae.dtype) == (torch.float16, torch.float32)
+    for option in ("requires_safety_checker", "force_zeros_for_empty_prompt"):
+        assert own.config.get(option) == again.config.get(option)
     assert {name for name, part in again.components.items() if part is not None} == {
         name for name, part in parts.items() if part is not None
     }
+
+
+def test_a_pipeline_without_a_part_that_painting_needs_is_refused(tmp_path):
+    parts = tiny_pipeline(tmp_path).components | {"vae": None}
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ModelError, match="StableDiffusionImg2ImgPipeline without vae cannot paint"):
+        pipeline.painter(pipe)
+
+
+@pytest.mark.parametrize("unet", ["sd1", "sdxl"])
+def test_an_empty_negative_prompt_is_none_at_all(tmp_path, unet):
+    """As SDXL's pipeline is called by users, who give none: it takes zeros then, not the embedding of an empty text."""
+    pipe = tiny_pipeline(tmp_path, tiny_unet(**UNETS[unet]))
+    job = {"guidance_scale": 3.0, "height": 16, "width": 16}
+    ours = pipeline.sample(pipe, pipeline.encode(pipe, WORDS[:2], ["", "dogs"]), [5, 6], steps=2, **job)
+    for row, negative in enumerate(({}, {"negative_prompt": "dogs"})):
+        seeded = torch.Generator().manual_seed(5 + row)
+        stock = pipe(WORDS[row], **negative, generator=seeded, num_inference_steps=2, **job, output_type="latent")
+        torch.testing.assert_close(ours[row : row + 1], stock.images, rtol=1e-4, atol=1e-4)
 
 
 def test_another_scheduler_keeps_the_prediction_type(tmp_path):

@@ -172,3 +172,21 @@ def test_later_packages_see_what_the_earlier_ones_really_feed_them(calibrated):
     assert torch.equal(dense[first.name].error, cut[first.name].error)
     assert not torch.allclose(dense[last.name].error, cut[last.name].error, rtol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def test_large_pictures_are_painted_few_at_once(calibrated):
+    pipe, statistics = calibrated
+    groups = [group for group in find_groups(pipe.unet, kinds=("heads",)) if group.module.startswith("mid_block")]
+    recipe = replace(statistics.recipe, prompts=WORDS[:3], height=96, width=96, steps=1)
+    rows = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True
+    )  # the copy that is cut has it too
+    try:
+        solve_in_turn(
+            pipe, groups, {group.name: group.width for group in groups}, recipe,
+            lambda *seen: METHODS["obs"].solve(Evidence(*seen)),
+        )  # fmt: skip
+    finally:
+        handle.remove()
+    assert rows == [4, 2] * len(groups), "two prompts of 48 x 48 latent pixels, with both halves of guidance, then one"

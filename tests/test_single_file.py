@@ -68,12 +68,52 @@ def test_a_single_file_gives_the_slim_checkpoint_of_its_folder(model, tmp_path):
     assert plans[1]["provenance"]["model_options"] == {"config": str(folder)}
 
 
+@pytest.mark.parametrize("model", ["sd1"], indirect=True)
+def test_a_model_that_was_moved_keeps_the_options_it_was_calibrated_with(model, tmp_path, monkeypatch):
+    folder, file = model
+    torch.manual_seed(7)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+    vae.save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options, few = ("--config", folder, "--vae", tmp_path / "vae"), ("--num-prompts", 1, "--steps", 1)
+    run("calibrate", file, *options, *few, "--device", "cpu", "-o", tmp_path / "s.safetensors")
+    moved = file.rename(tmp_path / "moved.safetensors")
+    try:
+        run("compress", tmp_path / "s.safetensors", "--model", moved, "--influence", "local", "-o", tmp_path / "slim")
+    finally:
+        moved.rename(file)
+    assert equal(vae.state_dict(), load_file(tmp_path / "slim/vae/diffusion_pytorch_model.safetensors"))
+
+
+def test_what_a_model_elsewhere_keeps_of_its_options(model_folder, tmp_path):
+    options = {"variant": "fp16", "revision": "main", "config": "owner/name", "vae": "owner/vae"}
+    found = source.again("owner/name", options, str(model_folder), None)
+    assert found.folder == model_folder.resolve() and found.options == {"vae": "owner/vae"}
+    (tmp_path / "m.safetensors").touch()
+    kept = source.again("old.safetensors", options, str(tmp_path / "m.safetensors"), "ema").options
+    assert kept == {"variant": "ema", "config": "owner/name", "vae": "owner/vae"}
+    tiny_pipeline(tmp_path / "tokenizer").save_pretrained(tmp_path / "fp16", variant="fp16")
+    assert source.again("owner/name", options, str(tmp_path / "fp16"), None).variant == "fp16"
+
+
 def test_the_text_encoders_of_a_single_file_are_those_of_its_folder(model):
     folder, file = model
     ours = pipeline.load_text(source.find(str(file), config=str(folder)))
     theirs = pipeline.load_text(source.find(str(folder)))
     assert ours.unet is None and ours.vae is None
     assert (embeddings(ours, ["a cat"]) == embeddings(theirs, ["a cat"])).all()
+
+
+def test_the_stored_dtype_of_a_single_file_is_that_of_its_unet(tmp_path):
+    tensors = {
+        "alphas_cumprod": torch.ones(1000), "first_stage_model.encoder.conv_in.bias": torch.ones(8),
+        "model.diffusion_model.out.2.bias": torch.ones(4, dtype=torch.float16), "model_ema.decay": torch.ones(1),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert source.stored_dtype(source.find(str(tmp_path / "m.safetensors"))) == torch.float16
+    save_file({"alphas_cumprod": torch.ones(1000)}, tmp_path / "m.safetensors")
+    with pytest.raises(ModelError, match=r"holds no tensor named model\.diffusion_model"):
+        source.stored_dtype(source.find(str(tmp_path / "m.safetensors")))
 
 
 def test_without_network_a_single_file_asks_for_configs(model, monkeypatch):

@@ -67,6 +67,28 @@ def test_another_text_or_the_same_one_overwritten_is_projected_anew(slim):
     assert not torch.equal(run(slim, one), before)
 
 
+@torch.no_grad()
+def test_another_thread_that_paints_in_between_changes_nothing():
+    one, other = texts(2)
+
+    class Interrupted(TextProjection):
+        """Another thread projects its own text as soon as this one's is kept."""
+
+        @property
+        def _seen(self) -> tuple | None:
+            return self.__dict__.get("kept")
+
+        @_seen.setter
+        def _seen(self, kept: tuple | None) -> None:
+            is_first = "kept" not in self.__dict__
+            self.__dict__["kept"] = kept
+            if is_first:
+                self(other)
+
+    layer = Interrupted.of(nn.Linear(12, 16))
+    assert torch.equal(layer(one), nn.functional.linear(one, layer.weight, layer.bias))
+
+
 def test_weights_that_change_are_seen(slim):
     (text,) = texts()
     before = run(slim, text)

@@ -150,9 +150,7 @@ def compress(
     for folder in () if dry_run else folders:
         checkpoint.check_output(folder, force)
     on = pipeline.device_of(device)
-    kept = file.model_options if model is None else {}
-    dense = source.find(model or file.model, **kept | ({"variant": variant} if variant else {}))
-    dense = dense.with_loras(file.loras)
+    dense = source.again(file.model, file.model_options, model, variant).with_loras(file.loras)
     stored = source.stored_dtype(dense)
     pipe = pipeline.load(dense, pipeline.working_dtype(stored, on))
     file.check_model(pipeline.fingerprint(pipe.unet), dense.reference)

@@ -1,0 +1,56 @@
+"""How many prompts to paint at once while sums are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from accelerate.utils import find_executable_batch_size
+from diffusers import DiffusionPipeline
+
+from slimdiff.capture import captured, footprint
+from slimdiff.errors import SlimdiffError
+from slimdiff.groups import Group
+from slimdiff.guidance import guided
+from slimdiff.inpainting import canvases
+from slimdiff.pipeline import paint
+from slimdiff.recipe import Recipe
+
+
+def automatic_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe) -> int:
+    """Prompts at once: as many as keep the device busy and fit into a GPU's memory, fewer the larger the picture.
+
+    Raises as `fitting_batch_size`.
+    """
+    pixels = recipe.height * recipe.width // pipe.vae_scale_factor**2
+    on_gpu = pipe.unet.device.type == "cuda"
+    size = max(1, min(32, len(recipe.prompts), (65536 if on_gpu else 4608) // pixels))
+    return fitting_batch_size(pipe, groups, recipe, size) if on_gpu else size
+
+
+def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe, most: int) -> int:
+    """`most` prompts at once, or as many as memory allows: one step with throw-away sums is tried.
+
+    Raises SlimdiffError if not even one prompt fits.
+    """
+
+    def attempt(size: int) -> int:
+        job = replace(recipe, steps=1)
+        canvas = canvases(pipe, job, range(size))
+        guide = partial(guided, prompts=size, guidance_scale=recipe.guidance_scale)
+        with captured(pipe.unet, groups, {}, guide=guide):
+            paint(pipe, job, range(size), canvas=canvas)
+        return size
+
+    try:
+        return int(find_executable_batch_size(attempt, starting_batch_size=most)())
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        raise SlimdiffError(
+            f"Not even one prompt at {recipe.width}x{recipe.height} px fits into the memory of {pipe.unet.device} "
+            f"beside the model in {str(pipe.unet.dtype).removeprefix('torch.')} and the sums, which take "
+            f"{footprint(pipe.unet, groups) / 1e9:.1f} GB. Use --dtype float16, a smaller --height and --width, no "
+            "--baselines and --resnets, or --device cpu."
+        ) from error
