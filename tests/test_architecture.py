@@ -24,7 +24,7 @@ LAYERS = (
      "timesteps"},
     {"families", "stacking"},
     {"allocate", "card", "files", "groups", "linalg", "measured", "metrics.pictures",
-     "metrics.weights", "options", "original_layout", "outputs", "plan", "recipe", "single_file", "source"},
+     "metrics.weights", "options", "original_layout", "outputs", "plan", "ready", "recipe", "single_file", "source"},
     {"commands.parameters", "gram", "latency", "lora", "metrics.inception", "metrics.score"},
     {"metrics.clip", "metrics.fid", "metrics.lpips", "patches"},
     {"capture", "checkpoint", "metrics.choice", "pipeline", "refine", "report.document", "report.evaluation",
