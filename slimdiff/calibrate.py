@@ -22,6 +22,7 @@ from slimdiff.groups import find_groups
 from slimdiff.guidance import guided
 from slimdiff.inpainting import canvases
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
+from slimdiff.ready import eager
 from slimdiff.recipe import WHOLE, Recipe, Shard
 from slimdiff.source import Source
 from slimdiff.states import recorded
@@ -53,6 +54,7 @@ class Calibrated:
         return f"{self.prompts} prompts in {self.seconds:.0f} s{again}"
 
 
+@eager()
 def collect(
     pipe: DiffusionPipeline,
     source: Source,
@@ -74,8 +76,8 @@ def collect(
     on from there and ends with the same sums. The batch size changes nothing but rounding.
 
     Raises OutputError if `output` holds another calibration, StatisticsError if a partial file is of another model,
-    recipe or part, SlimdiffError for a part without prompts or a GPU too small for one, ModelError for a model without
-    groups, Interrupted on Ctrl-C.
+    recipe or part, or a layer is never seen, SlimdiffError for a part without prompts or a GPU too small for one,
+    ModelError for a model without groups, Interrupted on Ctrl-C.
     """
     started, output = time.monotonic(), Path(output)
     use_scheduler(pipe, recipe.scheduler)
@@ -123,6 +125,7 @@ def collect(
                     f"The model produced NaN or infinite values for prompts {chosen[0]} to {chosen[-1]}, in "
                     f"{pipe.unet.dtype}. Calibrate with --dtype float32, or check the checkpoint."
                 )
+            _check_all_seen(statistics)
             statistics.done = done + len(chosen)
             if interrupted() and statistics.done < len(prompts):
                 statistics.write(unfinished)
@@ -137,6 +140,15 @@ def collect(
     statistics.write(output)
     unfinished.unlink(missing_ok=True)
     return Calibrated(output, statistics.done, time.monotonic() - started, first)
+
+
+def _check_all_seen(statistics: Statistics) -> None:
+    if unseen := [key for key, sums in statistics.grams.items() if not sums.count]:
+        raise StatisticsError(
+            f"The UNet ran, but nothing was seen of {unseen[0]}, nor of {len(unseen) - 1} other statistics of "
+            f"{len(statistics.grams)}: something calls these layers past their hooks, as attention processors may that "
+            "read weights themselves. Set the model's own: pipe.unet.set_default_attn_processor()."
+        )
 
 
 def is_there(path: Path, wanted: Statistics) -> bool:

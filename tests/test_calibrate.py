@@ -191,3 +191,21 @@ def test_not_finite_activations_are_refused_and_leave_no_file(pipe, tmp_path):
     with pytest.raises(StatisticsError, match="NaN"):
         collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
     assert not (tmp_path / "s").exists()
+
+
+class PastHooks:
+    """An attention processor that reads the weight of the queries instead of calling their layer."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *_, **__):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = torch.nn.functional.linear(hidden_states, attn.to_q.weight)
+        q, k, v = (attn.head_to_batch_dim(x) for x in (q, attn.to_k(text), attn.to_v(text)))
+        return attn.to_out[0](attn.batch_to_head_dim(attn.get_attention_scores(q, k) @ v))
+
+
+def test_a_layer_that_is_never_seen_is_an_error_after_the_first_batch(pipe, tmp_path):
+    path = find_groups(pipe.unet)[0].module
+    pipe.unet.get_submodule(path).set_processor(PastHooks())
+    with pytest.raises(StatisticsError, match=rf"nothing was seen of {path}.qk:q.*set_default_attn_processor"):
+        collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=1)
+    assert not [*tmp_path.glob("s*")]
