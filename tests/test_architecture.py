@@ -20,8 +20,8 @@ FILES = {
 }
 LAYERS = (
     {"slimdiff", "commands", "demo", "metrics", "report", "solve"},
-    {"errors", "guidance", "macs", "slim_unet", "states", "report.wording", "solve.solution", "demo.scenes",
-     "timesteps"},
+    {"conditions", "errors", "guidance", "macs", "slim_unet", "states", "report.wording", "solve.solution",
+     "demo.scenes", "timesteps"},
     {"families", "stacking"},
     {"allocate", "card", "files", "groups", "linalg", "measured", "metrics.pictures",
      "metrics.weights", "options", "original_layout", "outputs", "plan", "ready", "recipe", "single_file", "source"},
