@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from slimdiff import checkpoint, evaluation, families, outputs, pipeline, recipe, source
+from slimdiff import checkpoint, evaluation, families, outputs, pipeline, ready, recipe, source
 from slimdiff.bench import measure
 from slimdiff.calibrate import collect
 from slimdiff.compress import Options, cut
@@ -55,9 +55,10 @@ def calibrate(
 
     Ctrl-C saves, and the same call goes on from there (`resume`); if `output` holds this very calibration, nothing is
     run. Raises OutputError if it holds another (`force` replaces it), StatisticsError if an unfinished one is of
-    another model or other settings, ModelError for a model that is not supported, SlimdiffError if there are too few
-    prompts.
+    another model or other settings, ModelError for a model that is not supported, is offloaded or quantised or has a
+    LoRA beside its weights, SlimdiffError if there are too few prompts.
     """
+    ready.check(pipe)
     found = _source(pipe)
     families.check_unet(pipe.unet.config, found.reference)
     dense = _painter(pipe)
@@ -70,6 +71,7 @@ def calibrate(
     return StatisticsFile(Path(output))
 
 
+@ready.eager()
 def compress(
     pipe: DiffusionPipeline,
     statistics: StatisticsFile | str | Path,
@@ -87,8 +89,9 @@ def compress(
     other fields of `compress.Options`.
 
     Raises BudgetError if the budget cannot be met, StatisticsError if the statistics are of another model, unfinished
-    or damaged.
+    or damaged, ModelError for a pipeline that `calibrate` refuses.
     """
+    ready.check(pipe)
     file = statistics if isinstance(statistics, StatisticsFile) else StatisticsFile(Path(statistics))
     file.check_model(pipeline.fingerprint(pipe.unet), _source(pipe).reference)
     wanted = Options(budget, **options) if speedup is None else Options(share_of(speedup), "latency", **options)
@@ -228,7 +231,12 @@ def _compared(
     num_prompts: int | None,
     **changes: Any,
 ) -> tuple[Plan, Settings, tuple[DiffusionPipeline, DiffusionPipeline]]:
-    """Both pipelines as calibration ran, but for `changes`. Raises ModelError if they do not belong together."""
+    """Both pipelines as calibration ran, but for `changes`.
+
+    Raises ModelError if they do not belong together, or for one that `calibrate` refuses.
+    """
+    for pipe in (dense, slim):
+        ready.check(pipe)
     plan = plan_of(slim)
     made = plan.provenance["recipe"]
     plan.check_model(pipeline.fingerprint(dense.unet), _source(dense).reference)

@@ -19,6 +19,7 @@ from slimdiff.measured import Settings, Size, Stack, Stacked, Timing
 from slimdiff.pairs import check_alike, provenance, quiet
 from slimdiff.pipeline import paint
 from slimdiff.plan import Plan
+from slimdiff.ready import eager
 from slimdiff.report.results import Report
 from slimdiff.stacking import PACKAGES, check, stacked
 from slimdiff.timing import paired, peak_growth
@@ -74,6 +75,7 @@ class _Stop(Exception):
     """Ends a pipeline's run once its first UNet call has been seen."""
 
 
+@eager()
 def _unet_inputs(pipe: DiffusionPipeline, settings: Settings, prompts: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the UNet's first call for a batch of prompts, from a real run, so that they fit any model.
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from slimdiff.batches import automatic_batch_size
 from slimdiff.capture import captured
+from slimdiff.conditions import conditions, differing
 from slimdiff.errors import OutputError, SlimdiffError, StatisticsError
 from slimdiff.files import check_file
 from slimdiff.groups import find_groups
@@ -24,6 +25,7 @@ from slimdiff.guidance import guided
 from slimdiff.inpainting import canvases
 from slimdiff.pipeline import fingerprint, paint, use_scheduler
 from slimdiff.progress import Log
+from slimdiff.ready import eager
 from slimdiff.recipe import WHOLE, Recipe, Shard
 from slimdiff.source import Source
 from slimdiff.states import recorded
@@ -55,6 +57,7 @@ class Calibrated:
         return f"{self.prompts} prompts in {self.seconds:.0f} s{again}"
 
 
+@eager()
 def collect(
     pipe: DiffusionPipeline,
     source: Source,
@@ -76,16 +79,14 @@ def collect(
     on from there and ends with the same sums. The batch size changes nothing but rounding.
 
     Raises OutputError if `output` holds another calibration or cannot be written, StatisticsError if a partial file is
-    of another model, recipe or part, SlimdiffError for a part without prompts or a GPU too small for one, ModelError
-    for a model without groups, Interrupted on Ctrl-C.
+    of another model, recipe, part, sampler or text encoder, or a layer is never seen, SlimdiffError for a part without
+    prompts or a GPU too small for one, ModelError for a model without groups, Interrupted on Ctrl-C.
     """
     started, output = time.monotonic(), Path(output)
-    use_scheduler(pipe, recipe.scheduler)
+    statistics = begun(pipe, source, recipe, shard)
     groups = find_groups(pipe.unet)
     groups += find_groups(pipe.unet, kinds=("linear",)) if recipe.baselines else []
     groups += find_groups(pipe.unet, kinds=("resnet",)) if recipe.resnets else []
-    found = fingerprint(pipe.unet)
-    statistics = Statistics(source.reference, dict(source.options), found, recipe, loras=source.loras, shard=shard)
     prompts = statistics.prompts
     if not prompts:
         raise SlimdiffError(f"Part {shard} of {len(recipe.prompts)} prompts is empty; make fewer parts.")
@@ -127,6 +128,7 @@ def collect(
                     f"The model produced NaN or infinite values for prompts {chosen[0]} to {chosen[-1]}, in "
                     f"{pipe.unet.dtype}. Calibrate with --dtype float32, or check the checkpoint."
                 )
+            _check_all_seen(statistics)
             statistics.done = done + len(chosen)
             log(statistics.done)
             if interrupted() and statistics.done < len(prompts):
@@ -144,36 +146,61 @@ def collect(
     return Calibrated(output, statistics.done, time.monotonic() - started, first)
 
 
+def begun(pipe: DiffusionPipeline, source: Source, recipe: Recipe, shard: Shard = WHOLE) -> Statistics:
+    """A calibration without sums yet. Gives the pipeline the recipe's scheduler."""
+    use_scheduler(pipe, recipe.scheduler)
+    return Statistics(
+        source.reference, dict(source.options), fingerprint(pipe.unet), recipe, loras=source.loras, shard=shard,
+        conditions=conditions(pipe),
+    )  # fmt: skip
+
+
+def _check_all_seen(statistics: Statistics) -> None:
+    if unseen := [key for key, sums in statistics.grams.items() if not sums.count]:
+        raise StatisticsError(
+            f"The UNet ran, but nothing was seen of {unseen[0]}, nor of {len(unseen) - 1} other statistics of "
+            f"{len(statistics.grams)}: something calls these layers past their hooks, as attention processors may that "
+            "read weights themselves. Set the model's own: pipe.unet.set_default_attn_processor()."
+        )
+
+
 def is_there(path: Path, wanted: Statistics) -> bool:
-    """Whether `path` holds a finished calibration of this model, recipe and part.
+    """Whether `path` holds a finished calibration of this model, recipe and part, under the same conditions.
 
     Raises OutputError if it holds anything else.
     """
     if not path.exists():
         return False
+    what = "no calibration that can be read"
     with suppress(StatisticsError):
         found = StatisticsFile(path)
-        same = (found.fingerprint, found.recipe, found.shard) == (wanted.fingerprint, wanted.recipe, wanted.shard)
-        if same and found.done == len(wanted.prompts):
+        difference = _difference(found, wanted)
+        if difference is None and found.done == len(wanted.prompts):
             return True
-    raise OutputError(f"{path} holds another calibration; pass --force to replace it, or -o for another file.")
+        what = f"another calibration, of {difference}" if difference else "an unfinished calibration"
+    raise OutputError(f"{path} holds {what}; pass --force to replace it, or -o for another file.")
 
 
 def _resumable(unfinished: Path, wanted: Statistics) -> StatisticsFile:
     """The partial file. Raises StatisticsError if it is of another calibration."""
     found = StatisticsFile(unfinished)
+    if difference := _difference(found, wanted):
+        raise StatisticsError(
+            f"{unfinished} is an unfinished calibration of {difference}. Repeat the command that began it, pass "
+            "--no-resume to start afresh, or -o for another file."
+        )
+    return found
+
+
+def _difference(found: StatisticsFile, wanted: Statistics) -> str | None:
+    """What tells a calibration from the wanted one, but for how far it came, in words."""
     if found.fingerprint != wanted.fingerprint:
-        what = f"another model ({found.model})"
-    elif found.recipe != wanted.recipe:
-        what = "another recipe (prompts, steps, guidance, scheduler, size or seed)"
-    elif found.shard != wanted.shard:
-        what = f"another part of the prompts ({found.shard})"
-    else:
-        return found
-    raise StatisticsError(
-        f"{unfinished} is an unfinished calibration of {what}. Repeat the command that began it, pass --no-resume to "
-        "start afresh, or -o for another file."
-    )
+        return f"another model ({found.model})"
+    if found.recipe != wanted.recipe:
+        return "another recipe (prompts, steps, guidance, scheduler, size or seed)"
+    if found.shard != wanted.shard:
+        return f"another part of the prompts ({found.shard})"
+    return differing(found.conditions, wanted.conditions)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from slimdiff.influence import relative_error
 from slimdiff.inpainting import canvases
 from slimdiff.measured import Fidelity, Picture, Settings, psnr_of
 from slimdiff.pipeline import paint
+from slimdiff.ready import eager
 from slimdiff.report.wording import ordinal
 
 LARGEST_BATCH = 16
@@ -30,6 +31,7 @@ SIGMA, REACH = 1.5, 5
 """Of the SSIM's Gaussian window, in pixels: 11 x 11, as in Wang et al. 2004."""
 
 
+@eager()
 def compare(dense: DiffusionPipeline, slim: DiffusionPipeline, settings: Settings) -> tuple[Fidelity, list[Picture]]:
     """Sample every prompt with both models, and along the dense trajectory compare their guided predictions."""
     drift: list[float] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from slimdiff.conditions import differing
 from slimdiff.errors import OutputError, StatisticsError
 from slimdiff.files import check_file
 from slimdiff.gram import Gram
@@ -48,7 +49,7 @@ def merge(paths: Sequence[Path], output: Path, *, force: bool = False, show: boo
         states.extend(part.states())
     whole = Statistics(
         first.model, first.model_options, first.fingerprint, first.recipe, states=states,
-        done=sum(part.done for part in parts), loras=first.loras,
+        done=sum(part.done for part in parts), loras=first.loras, conditions=first.conditions,
     )  # fmt: skip
     keys = tqdm(first.metadata["tokens"], unit="statistic", disable=None if show else True, desc="merge", leave=False)
     whole.write(output, _sums(parts, keys))
@@ -66,6 +67,7 @@ def _sums(parts: Sequence[StatisticsFile], keys: tqdm[str]) -> Iterator[tuple[st
 def _check(parts: Sequence[StatisticsFile]) -> None:
     first, count = parts[0], parts[0].shard.parts
     for part in parts:
+        changed = differing(part.conditions, first.conditions)
         if part.shard.parts == 1:
             raise StatisticsError(
                 f"{part.path} is no part, but a whole calibration; pass files of 'calibrate --shard'."
@@ -73,6 +75,7 @@ def _check(parts: Sequence[StatisticsFile]) -> None:
         for what, differs in (
             ("another model", part.fingerprint != first.fingerprint),
             ("another recipe (prompts, steps, guidance, scheduler, size or seed)", part.recipe != first.recipe),
+            (changed, changed is not None),
             (f"{part.shard.parts} parts, not {count}", part.shard.parts != count),
             ("other layers", part.metadata["tokens"].keys() != first.metadata["tokens"].keys()),
         ):

@@ -14,14 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import distributed
 
-from slimdiff.calibrate import Calibrated, collect, is_there
+from slimdiff.calibrate import Calibrated, begun, collect, is_there
 from slimdiff.errors import SlimdiffError
 from slimdiff.merge import merge
 from slimdiff.outputs import part_path
-from slimdiff.pipeline import device_of, fingerprint
+from slimdiff.pipeline import device_of
 from slimdiff.recipe import Recipe, Shard
 from slimdiff.source import Source
-from slimdiff.statistics import Statistics
 
 START = timedelta(minutes=10)
 """How long processes wait for each other to start."""
@@ -93,8 +92,7 @@ def calibrate_together(
     Raises what `collect` and `merge` raise, and SlimdiffError if another process ended early.
     """
     if output.exists() and not force:
-        wanted = Statistics(source.reference, dict(source.options), fingerprint(pipe.unet), recipe)
-        is_there(output, wanted)
+        is_there(output, begun(pipe, source, recipe))
         return Calibrated(output, len(recipe.prompts), 0.0, len(recipe.prompts), was_there=True)
     parts = [part_path(output, n, ranks.world) for n in range(1, ranks.world + 1)]
     shard = Shard(ranks.rank + 1, ranks.world)

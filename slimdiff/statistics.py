@@ -3,8 +3,8 @@
 Tensors: `<group>:<statistic>.products` (packed lower triangles of the centred products of each head), `.mean`,
 `.energy` (in each tenth of the sampler's calls), and `states.*` (see `states.py`); of patches `.shifted`, `.sums` (see
 `patches.py`) and `.energy`. Products are float32, in an unfinished file float64. The metadata's `slimdiff` entry is one
-JSON object: format version, model reference and fingerprint, recipe, number of prompts done, token counts, library
-versions, checksums.
+JSON object: format version, model reference and fingerprint, recipe, conditions, number of prompts done, token
+counts, library versions, checksums.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ FORMAT = 2
 
 @dataclass
 class Statistics:
-    """The sums of a calibration over the first `done` prompts of its recipe, or of a part of them."""
+    """The sums of a calibration over the first `done` prompts of its recipe, or of a part of them.
+
+    `conditions` are those of `conditions.conditions`.
+    """
 
     model: str
     model_options: dict[str, str]
@@ -47,6 +50,7 @@ class Statistics:
     done: int = 0
     loras: tuple[tuple[str, float], ...] = ()
     shard: Shard = WHOLE
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prompts(self) -> range:
@@ -72,6 +76,7 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "loras": self.loras,
             "recipe": self.recipe.to_json(),
+            "conditions": self.conditions,
             "shard": (self.shard.part, self.shard.parts),
             "done": self.done,
             "tokens": tokens,
@@ -166,6 +171,11 @@ class StatisticsFile:
         return Shard(*self.metadata.get("shard", (1, 1)))
 
     @property
+    def conditions(self) -> dict[str, Any]:
+        """Of the pipeline that ran, beside its UNet (see `conditions.conditions`); files did not always hold them."""
+        return dict(self.metadata.get("conditions", {}))
+
+    @property
     def done(self) -> int:
         """Prompts that were run."""
         return int(self.metadata["done"])
@@ -235,7 +245,7 @@ class StatisticsFile:
         grams = {key: self.sums(key, device) for key in self.metadata["tokens"]}
         return Statistics(
             self.model, self.model_options, self.fingerprint, self.recipe, grams, self.states(), self.done, self.loras,
-            self.shard,
+            self.shard, self.conditions,
         )  # fmt: skip
 
     def check_model(self, fingerprint: str, reference: str) -> None:

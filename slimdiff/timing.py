@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from slimdiff.measured import Spread, Timing, quantile
+from slimdiff.ready import eager
 
 LONGEST = 60.0
 """Seconds after which slow calls are timed in fewer pairs than asked for, but in at least FEWEST."""
@@ -105,7 +106,7 @@ def peak_growth(call: Call, device: torch.device) -> int | None:
         return int(torch.cuda.max_memory_allocated(device) - before)
     if device.type != "cpu":
         return None
-    with _LiveTensors() as live:
+    with eager(), _LiveTensors() as live:
         call()
     return live.peak
 

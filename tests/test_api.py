@@ -21,6 +21,10 @@ from slimdiff.errors import BudgetError, ModelError, OutputError, StatisticsErro
 from slimdiff.statistics import StatisticsFile
 
 WORDS = ["cat", "red boat", "hill", "big owl"]
+ONE_LEVEL = {
+    "block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}  # fmt: skip
 SIZE = {"steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
 
 
@@ -64,6 +68,27 @@ def test_the_pipeline_stays_as_it_was(model_folder, tmp_path):
     assert slim is not pipe and slim.vae is pipe.vae and slim.scheduler is scheduler
     assert pipe.unet is unet and pipe.scheduler is scheduler and torch.equal(draw(pipe), before)
     assert not torch.equal(draw(slim), before)
+
+
+def test_a_pipeline_compiled_in_place_works_and_stays_compiled(tmp_path, monkeypatch):
+    """Compiled code looks no more for hooks, which calibration and bench are made of."""
+    monkeypatch.setattr(timing, "SHORTEST", 0.001)
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    pipe = tiny_pipeline(tmp_path / "tokenizer", tiny_unet(**ONE_LEVEL))
+    pipe.unet.compile(backend=backend, fullgraph=True)
+    before, graphs = draw(pipe), len(compiled)
+    found = slimdiff.calibrate(pipe, WORDS[:2], tmp_path / "s.safetensors", **SIZE)
+    assert all(found.metadata["tokens"].values()) and found.states().prompts
+    slim = slimdiff.compress(pipe, found, 0.35, influence="local")
+    report = slimdiff.bench(pipe, slim, WORDS, num_prompts=1, batch_sizes=[1], repeats=1)
+    assert len(report.fidelity.drift) == 1
+    assert torch.equal(draw(pipe), before) and len(compiled) == graphs > 0, "what was compiled runs"
 
 
 def test_compress_meets_the_budget_and_says_how(slim, dense):

@@ -20,11 +20,11 @@ FILES = {
 }
 LAYERS = (
     {"slimdiff", "commands", "demo", "metrics", "report", "solve"},
-    {"errors", "guidance", "macs", "slim_unet", "states", "report.wording", "solve.solution", "demo.scenes",
-     "timesteps"},
+    {"conditions", "errors", "guidance", "macs", "slim_unet", "states", "report.wording", "solve.solution",
+     "demo.scenes", "timesteps"},
     {"families", "recipe", "stacking"},
-    {"allocate", "card", "files", "groups", "linalg", "measured", "metrics.pictures",
-     "metrics.weights", "options", "original_layout", "outputs", "plan", "progress", "single_file", "source"},
+    {"allocate", "card", "files", "groups", "linalg", "measured", "metrics.pictures", "metrics.weights", "options",
+     "original_layout", "outputs", "plan", "progress", "ready", "single_file", "source"},
     {"commands.parameters", "gram", "influence", "latency", "lora", "metrics.inception", "metrics.score"},
     {"metrics.clip", "metrics.fid", "metrics.lpips", "patches"},
     {"capture", "checkpoint", "metrics.choice", "pipeline", "refine", "report.document", "report.evaluation",

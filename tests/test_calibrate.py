@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from torch.utils.hooks import RemovableHandle
 
 from slimdiff.batches import fitting_batch_size
 from slimdiff.calibrate import Interrupted, collect
@@ -104,7 +106,7 @@ def test_other_seeds_and_prompts_give_other_sums(pipe, tmp_path):
     assert any(not torch.allclose(a[k], b[k], rtol=1e-3) for k in a if k.endswith("products"))
 
 
-def interrupt_after(pipe, calls: int, number: int = signal.SIGINT) -> None:
+def interrupt_after(pipe, calls: int, number: int = signal.SIGINT) -> RemovableHandle:
     """Send the process a real signal during the given UNet call."""
     count = 0
 
@@ -114,7 +116,7 @@ def interrupt_after(pipe, calls: int, number: int = signal.SIGINT) -> None:
         if count == calls:
             os.kill(os.getpid(), number)
 
-    pipe.unet.register_forward_hook(hook)
+    return pipe.unet.register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -186,8 +188,75 @@ def test_finished_file_is_kept(pipe, tmp_path):
     assert (tmp_path / "s").stat().st_mtime_ns == before
 
 
+def other_scheduler(pipe):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+
+def other_spacing(pipe):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+
+
+def other_text(pipe):
+    """As a merged LoRA does."""
+    pipe.text_encoder.get_submodule(layers(pipe)[-1]).weight.data.mul_(1.01)
+
+
+def layers(pipe) -> list[str]:
+    return [path for path, layer in pipe.text_encoder.named_modules() if isinstance(layer, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (other_scheduler, r"another scheduler \(DDIMScheduler, not EulerDiscreteScheduler\)"),
+        (other_spacing, r"another scheduler's timestep_spacing \(leading, not trailing\)"),
+        (other_text, "other text encoders"),
+    ],
+)
+def test_neither_finished_nor_partial_files_of_another_sampler_or_text_are_taken(pipe, tmp_path, change, text):
+    job = replace(RECIPE, steps=1)
+    collect(pipe, SOURCE, job, tmp_path / "done", batch_size=5)
+    handle = interrupt_after(pipe, 1)
+    with pytest.raises(Interrupted):
+        collect(pipe, SOURCE, job, tmp_path / "part", batch_size=2)
+    handle.remove()
+    change(pipe)
+    with pytest.raises(OutputError, match=f"another calibration, of {text}"):
+        collect(pipe, SOURCE, job, tmp_path / "done", batch_size=5)
+    with pytest.raises(StatisticsError, match=f"unfinished calibration of {text}"):
+        collect(pipe, SOURCE, job, tmp_path / "part", batch_size=2)
+    collect(pipe, SOURCE, job, tmp_path / "part", batch_size=5, resume=False)
+    assert collect(pipe, SOURCE, job, tmp_path / "part", batch_size=5).was_there
+
+
+def test_a_scheduler_of_the_recipe_is_the_same_whatever_the_pipelines_own_is(pipe, tmp_path):
+    job = replace(RECIPE, steps=1, scheduler="euler")
+    collect(pipe, SOURCE, job, tmp_path / "s", batch_size=5)
+    other = tiny_pipeline(tmp_path / "tokenizer")
+    other.scheduler = PNDMScheduler.from_config(other.scheduler.config, skip_prk_steps=True)
+    assert collect(other, SOURCE, job, tmp_path / "s").was_there
+
+
 def test_not_finite_activations_are_refused_and_leave_no_file(pipe, tmp_path):
     pipe.unet.register_forward_hook(lambda module, args, output: (output[0] * float("nan"),))
     with pytest.raises(StatisticsError, match="NaN"):
         collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=5)
     assert not (tmp_path / "s").exists()
+
+
+class PastHooks:
+    """An attention processor that reads the weight of the queries instead of calling their layer."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *_, **__):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = torch.nn.functional.linear(hidden_states, attn.to_q.weight)
+        q, k, v = (attn.head_to_batch_dim(x) for x in (q, attn.to_k(text), attn.to_v(text)))
+        return attn.to_out[0](attn.batch_to_head_dim(attn.get_attention_scores(q, k) @ v))
+
+
+def test_a_layer_that_is_never_seen_is_an_error_after_the_first_batch(pipe, tmp_path):
+    path = find_groups(pipe.unet)[0].module
+    pipe.unet.get_submodule(path).set_processor(PastHooks())
+    with pytest.raises(StatisticsError, match=rf"nothing was seen of {path}.qk:q.*set_default_attn_processor"):
+        collect(pipe, SOURCE, RECIPE, tmp_path / "s", batch_size=1)
+    assert not [*tmp_path.glob("s*")]

@@ -117,9 +117,11 @@ def test_parts_that_are_missing_doubled_or_whole_are_named(parts, tmp_path):
 
 def test_parts_of_other_calibrations_are_refused(parts, pipe, tmp_path):
     other = tiny_pipeline(tmp_path / "tokenizer", tiny_unet(seed=3))
+    trailing = tiny_pipeline(tmp_path / "tokenizer", timestep_spacing="trailing")
     for name, kind, recipe, shard in (
         ("another model", other, RECIPE, Shard(2, 3)),
         ("another recipe", pipe, replace(RECIPE, seed=9), Shard(2, 3)),
+        ("another scheduler's timestep_spacing", trailing, RECIPE, Shard(2, 3)),
         ("2 parts, not 3", pipe, RECIPE, Shard(2, 2)),
         ("other layers", pipe, RECIPE, Shard(2, 3)),
     ):
