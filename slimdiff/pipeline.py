@@ -61,19 +61,29 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def loading_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to load in what is to be `cast` to `dtype`."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+def cast(part: Any, dtype: torch.dtype) -> Any:
+    """A pipeline or UNet itself, in a dtype: to bfloat16 by way of float16, so that its `fingerprint` stays."""
+    return part if part.dtype == dtype else part.to(loading_dtype(dtype)).to(dtype)
+
+
 def load(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The dense pipeline that paints from prompts, on the CPU, its LoRAs merged, quiet, without a safety checker.
 
     Raises ModelError if it cannot be read, its UNet is not one of Stable Diffusion's, or a LoRA does not fit.
     """
-    loading = stored_dtype(source) if source.loras else dtype  # a LoRA is added to the weights as they are stored
+    first = stored_dtype(source) if source.loras else loading_dtype(dtype)  # a LoRA is added to what is stored
     with _readable(source):
-        pipe = unchecked(painter(_read(source, loading)))
+        pipe = unchecked(painter(_read(source, first)))
     families.check_unet(pipe.unet.config, source.reference)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
     merge(pipe, source.loras)
-    return pipe.to(dtype) if source.loras else pipe
+    return cast(pipe, dtype)
 
 
 def load_text(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -163,7 +173,10 @@ def native_size(pipe: DiffusionPipeline) -> tuple[int, int]:
 
 
 def fingerprint(unet: nn.Module) -> str:
-    """SHA-256 over names, shapes and values (as float16, so that a copy loaded in half precision is the same model).
+    """SHA-256 over names, shapes and values, rounded so that a copy loaded in half precision is the same model.
+
+    They become float16, then bfloat16: what is stored in float16 has one fingerprint in float32, float16 and bfloat16.
+    So has what is stored in float32, but where it is rounded to bfloat16 directly, as diffusers does it.
 
     Raises ModelError if a weight is NaN or infinite.
     """
@@ -172,7 +185,8 @@ def fingerprint(unet: nn.Module) -> str:
         if not torch.isfinite(tensor).all():
             raise ModelError(f"The UNet's weight {name} holds NaN or infinite values; the checkpoint is damaged.")
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.to("cpu", torch.float16).contiguous().numpy().data)
+        rounded = tensor.to("cpu", torch.float16).to(torch.bfloat16)
+        digest.update(rounded.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -84,7 +84,7 @@ class Plan:
         if fingerprint != self.provenance["fingerprint"]:
             raise ModelError(
                 f"The slim checkpoint was made from {self.provenance['model']}, which is not {reference}. "
-                "Compare it with the model it was made from."
+                "Compare it with the model it was made from, in bfloat16 if it was calibrated from a pipeline in that."
             )
 
     def to_json(self) -> str:

@@ -100,7 +100,8 @@ def _stored(gram: Gram | Patches, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().data).hexdigest()[:16] if tensor.numel() else "empty"
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data  # NumPy knows no bfloat16
+    return hashlib.sha256(data).hexdigest()[:16] if tensor.numel() else "empty"
 
 
 def _digest(metadata: dict[str, Any]) -> str:
@@ -253,7 +254,8 @@ class StatisticsFile:
         if fingerprint != self.fingerprint:
             raise StatisticsError(
                 f"{self.path} was made from another model ({self.model}, fingerprint {self.fingerprint[:12]}) than "
-                f"{reference} (fingerprint {fingerprint[:12]}). Calibrate this model, or pass its own statistics file."
+                f"{reference} (fingerprint {fingerprint[:12]}). Calibrate this model, pass its own statistics file, "
+                "or load it in the dtype it was calibrated in: bfloat16 rounds weights further than others."
             )
         self.check_finished()
         if self.shard.parts > 1:

@@ -108,6 +108,29 @@ def test_compress_refuses_what_it_cannot_do(dense, statistics, tmp_path):
         slimdiff.compress(other, str(statistics.path))
 
 
+def in_two_dtypes(folder: Path) -> list[DiffusionPipeline]:
+    return [DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+
+
+def test_what_is_stored_in_float16_is_one_model_in_bfloat16_and_float32(model_folder, tmp_path):
+    DiffusionPipeline.from_pretrained(model_folder, torch_dtype=torch.float16).save_pretrained(tmp_path / "tiny")
+    half, full = in_two_dtypes(tmp_path / "tiny")
+    made = slimdiff.calibrate(half, WORDS[:2], tmp_path / "s.safetensors", **SIZE)
+    assert slimdiff.compress(full, made, influence="local").unet.dtype == torch.float32
+
+
+def test_what_is_stored_in_float32_is_another_model_in_bfloat16(model_folder, tmp_path):
+    """diffusers rounds it to bfloat16 at once. That works, and who mixes the two up is told."""
+    half, full = in_two_dtypes(model_folder)
+    made = slimdiff.calibrate(half, WORDS[:2], tmp_path / "s.safetensors", **SIZE)
+    slim = slimdiff.compress(half, made, probe_prompts=1, probe_steps=1)
+    assert {p.dtype for p in slim.unet.parameters()} == {torch.bfloat16}
+    with pytest.raises(StatisticsError, match=r"another model.*bfloat16"):
+        slimdiff.compress(full, made)
+    with pytest.raises(ModelError, match=r"made from.*bfloat16"):
+        slimdiff.bench(full, slim)
+
+
 def test_what_is_saved_loads_as_it_was_with_its_plan(slim, tmp_path):
     slimdiff.save(slim, tmp_path / "slim")
     again = slimdiff.load(tmp_path / "slim")

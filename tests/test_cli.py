@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ from conftest import tiny_pipeline, tiny_unet
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from slimdiff import timing
 from slimdiff.cli import main
+from slimdiff.statistics import StatisticsFile
 
 QUICK = ["--num-prompts", "2", "--steps", "2", "--device", "cpu"]
 
@@ -118,6 +121,20 @@ def test_a_unet_without_supported_blocks(here):
     plain = tiny_unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None)
     tiny_pipeline(here / "tokenizer", plain).save_pretrained("plain")
     assert "nothing to compress" in run("calibrate", "plain", *QUICK, code=1)
+
+
+def test_bfloat16_all_the_way(here, model_folder, statistics, monkeypatch):
+    monkeypatch.setattr(timing, "SHORTEST", 0.001)
+    in_bfloat16 = ("--device", "cpu", "--dtype", "bfloat16")
+    run("calibrate", model_folder, "--num-prompts", 2, "--steps", 2, *in_bfloat16, "-o", "s.safetensors")
+    assert StatisticsFile(Path("s.safetensors")).fingerprint == StatisticsFile(statistics).fingerprint
+    compress("s.safetensors", "--budget", 0, "--dtype", "bfloat16")
+    weights = load_file("slim-0/unet/diffusion_pytorch_model.safetensors")
+    assert weights["conv_in.weight"].dtype == torch.bfloat16
+    quick = ("--num-prompts", 1, "--steps", 1, "--repeats", 3, "--batch-sizes", 1)
+    run("bench", "slim-0", *quick, *in_bfloat16, "-o", "report")
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["provenance"]["precision"] == "bfloat16" and report["fidelity"]["drift"]["worst"] == 0
 
 
 def test_nan_weights(here, model_folder):

@@ -506,5 +506,5 @@ def test_what_is_no_lora_of_the_model_is_not_merged(model_folder, tmp_path, capl
 def test_merging_does_not_depend_on_the_working_precision(made, model_folder, tmp_path):
     save_file(kohya_names(lora_of(made[0].unet)), tmp_path / "style.safetensors")
     source = find(str(model_folder)).with_loras([(str(tmp_path / "style.safetensors"), 0.3)])
-    prints = {fingerprint(load(source, dtype).unet) for dtype in (torch.float32, torch.float16)}
+    prints = {fingerprint(load(source, dtype).unet) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
     assert len(prints) == 1

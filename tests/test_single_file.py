@@ -9,11 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import UNETS, tiny_pipeline, tiny_unet
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slimdiff import checkpoint, original_layout, pipeline, source
+from slimdiff import checkpoint, original_layout, pipeline, single_file, source
 from slimdiff.cli import main
 from slimdiff.errors import ModelError
 from slimdiff.prompts import embeddings
@@ -114,6 +114,58 @@ def test_the_stored_dtype_of_a_single_file_is_that_of_its_unet(tmp_path):
     save_file({"alphas_cumprod": torch.ones(1000)}, tmp_path / "m.safetensors")
     with pytest.raises(ModelError, match=r"holds no tensor named model\.diffusion_model"):
         source.stored_dtype(source.find(str(tmp_path / "m.safetensors")))
+
+
+def test_the_marks_of_a_file_set_its_schedule(tmp_path):
+    pipe = tiny_pipeline(tmp_path / "tokenizer", tiny_unet(**UNETS["sdxl"]))
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "tiny")
+    file, tensors = tmp_path / "tiny.safetensors", original_layout.pipeline(pipe)
+    asked = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    for marks, says in (((), 0), (("v_pred",), 1), (("v_pred", "ztsnr"), 3)):
+        save_file(tensors | dict.fromkeys(marks, torch.zeros(0)), file)
+        scheduler = pipeline.load(source.find(str(file), config=str(tmp_path / "tiny"))).scheduler
+        assert [scheduler.config[key] == value for key, value in asked.items()] == [i < says for i in range(3)]
+    euler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **asked)
+    assert torch.equal(scheduler.alphas_cumprod, euler.alphas_cumprod)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999 and scheduler.sigmas[0] > 1000
+
+
+def that_predicts_noise(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """It returns its latents, but for their mean and scale: they go past all blocks through the last skip connection,
+    once as they are and once negative, because silu(x) - silu(-x) = x."""
+    last, attention = unet.up_blocks[-1].resnets[-1], unet.up_blocks[-1].attentions[-1]
+    for layer in (unet.conv_in, unet.conv_out, last.conv2, last.conv_shortcut, attention.proj_out):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for i, sign in enumerate((1, 1, 1, 1, -1, -1, -1, -1)):
+        unet.conv_in.weight[i, i % 4, 1, 1] = unet.conv_out.weight[i % 4, i, 1, 1] = sign
+        last.conv_shortcut.weight[i, unet.config.block_out_channels[0] + i] = 1
+    return unet
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_file_of_sd2_is_asked_what_it_predicts(tmp_path, monkeypatch, noise):
+    unet = tiny_unet(**UNETS["sd2"], sample_size=96)
+    pipe = tiny_pipeline(
+        tmp_path / "tokenizer", that_predicts_noise(unet) if noise else unet, prediction_type="v_prediction"
+    )
+    pipe.save_pretrained(tmp_path / "v2")
+    file = tmp_path / "v2.safetensors"
+    save_file(original_layout.pipeline(pipe), file)
+    config = {"pretrained_model_name_or_path": str(tmp_path / "v2")}  # as diffusers finds for every file of SD 2.x
+    monkeypatch.setattr("diffusers.loaders.single_file.fetch_diffusers_config", lambda checkpoint: config)
+    loaded = pipeline.load(source.find(str(file)), torch.float16)
+    assert loaded.scheduler.config.prediction_type == ("epsilon" if noise else "v_prediction")
+    assert pipeline.native_size(loaded) == ((128, 128) if noise else (192, 192))
+    assert equal(loaded.unet.state_dict(), unet.half().state_dict())
+    given = pipeline.load(source.find(str(file), config=str(tmp_path / "v2")))
+    assert given.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_miniature_is_found_to_predict_noise():
+    assert single_file.predicts_noise(pipeline.load(source.find(None)).unet)
 
 
 def test_without_network_a_single_file_asks_for_configs(model, monkeypatch):

@@ -80,7 +80,8 @@ def calibrate(
         job = recipe.family_recipe(family, size, prompts=chosen, num_prompts=num_prompts, **changes)
         tell(
             f"recipe: {len(job.prompts)} prompts x {job.steps} steps, guidance {job.guidance_scale:g}, "
-            f"{job.width}x{job.height} px, family {job.family}" + (f", part {shard[0]}/{shard[1]}" if shard else "")
+            f"{job.width}x{job.height} px, family {job.family}, prediction_type "
+            f"{pipe.scheduler.config.prediction_type}" + (f", part {shard[0]}/{shard[1]}" if shard else "")
         )
         batch = None if batch_size == "auto" else int(batch_size)
         options: dict[str, Any] = {"batch_size": batch, "resume": resume, "force": force}

@@ -162,8 +162,8 @@ def compress(
         click.echo(plan.table() if dry_run else "\n".join(plan.summary()))
         if not dry_run:
             checkpoint.write(
-                folder, slim.to(written), pipe, plan.to_json(), dense.folder, dense.variant, force, bool(dense.loras),
-                replaced=dense.options.keys() & {"vae"},
+                folder, pipeline.cast(slim, written), pipe, plan.to_json(), dense.folder, dense.variant, force,
+                bool(dense.loras), replaced=dense.options.keys() & {"vae"},
             )  # fmt: skip
             click.echo(f"{folder}: slim checkpoint, {checkpoint.size_in_bytes(folder) / 1e6:.1f} MB of UNet weights")
         if folder != folders[-1]:
