@@ -14,7 +14,7 @@ from slimdiff.errors import SlimdiffError
 from slimdiff.groups import Group
 from slimdiff.guidance import guided
 from slimdiff.inpainting import canvases
-from slimdiff.pipeline import paint
+from slimdiff.pipeline import paint, prompts_at_once
 from slimdiff.recipe import Recipe
 
 
@@ -23,10 +23,8 @@ def automatic_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recip
 
     Raises as `fitting_batch_size`.
     """
-    pixels = recipe.height * recipe.width // pipe.vae_scale_factor**2
-    on_gpu = pipe.unet.device.type == "cuda"
-    size = max(1, min(32, len(recipe.prompts), (65536 if on_gpu else 4608) // pixels))
-    return fitting_batch_size(pipe, groups, recipe, size) if on_gpu else size
+    size = min(len(recipe.prompts), prompts_at_once(pipe, recipe.height, recipe.width))
+    return fitting_batch_size(pipe, groups, recipe, size) if pipe.unet.device.type == "cuda" else size
 
 
 def fitting_batch_size(pipe: DiffusionPipeline, groups: Sequence[Group], recipe: Recipe, most: int) -> int:

@@ -232,7 +232,8 @@ def probed(
     """
     dtype = str(pipe.unet.dtype).removeprefix("torch.")
     settings = f"{kind} {method}, {_available(states, prompts)} prompts, {dtype}"
-    settings += f", {min(steps, recipe.steps)} steps" if kind == "sampler" else ""
+    if kind == "sampler":
+        settings += f", {min(steps, recipe.steps)} steps of {recipe.scheduler or type(pipe.scheduler).__name__}"
     points = read_cache(path, statistics).get(settings, {})
     kept, new = time.monotonic(), False
 
