@@ -35,7 +35,7 @@ def made(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_statistics_on_the_terminal_and_as_json(made):
     out = run("inspect", made / "statistics.safetensors")
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1.qk:q" in out and "effective rank" in out
-    assert "influence: sampler slimdiff, 1 prompts, 1 steps" in out and "energy by tenth" in out
+    assert "influence: sampler slimdiff, 1 prompts, float32, 1 steps of " in out and "energy by tenth" in out
     data = json.loads(run("inspect", made / "statistics.safetensors", "--json"))
     assert data["what"] == "statistics" and data["done"] == 2
     for key, found in data["statistics"].items():
