@@ -39,8 +39,9 @@ def load(
     made = plan.provenance
     found = source.again(made["model"], made.get("model_options", {}), dense, variant)
     found = found.with_loras(made.get("loras", ()))
+    dense_pipe = pipeline.load(found, in_dtype)
     slim_pipe = checkpoint.load(slim, torch_dtype=pipeline.loading_dtype(in_dtype))
-    pipes = pipeline.load(found, in_dtype), pipeline.unchecked(pipeline.painter(slim_pipe))
+    pipes = dense_pipe, pipeline.unchecked(pipeline.painter(slim_pipe))
     plan.check_model(pipeline.fingerprint(pipes[0].unet), found.reference)
     for pipe in pipes:
         pipeline.use_scheduler(pipe, made["recipe"]["scheduler"])
