@@ -58,7 +58,7 @@ OPTIONS = {
     name: {"--help", *(o for p in command.params for o in (*p.opts, *p.secondary_opts))}
     for name, command in main.commands.items()
 }
-FOREIGN = {"--nproc-per-node", "--probe-shares"}
+FOREIGN = {"--nproc-per-node"}
 """Of torchrun; and a field of Options that docs/quality.md, until it is written anew, calls an option."""
 
 
