@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	@echo "Open slimdiff-out/demo/bench-0.35/report.html in a browser."
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or cuda"
